@@ -1,0 +1,465 @@
+"""ART, Art-based Reinforcement Training: fine-tune a multimodal LLM by training the pixels of one picture.
+
+    python art.py --task gsm8k --seed seed.png          # Qwen3.5-0.8B and the paper's settings as far as they are known, on one GPU
+
+The model stays frozen. One image stands before every question, and reinforcement learning moves its pixels. The result
+is a PNG: any vLLM serves it as an ordinary image request. Method: arXiv 2606.11854, which published no training code.
+
+One step, in the order of this file:
+  1. load_seed          the picture to start from
+  2. PixelLogits        one parameter (3, H, W); its sigmoid, rounded to 8 bits, is the image, in training as in the PNG
+  3. rollout            vLLM samples G completions for each prompt, behind the PNG
+  4. group_advantages   rewards relative to those of the other completions of the same prompt
+  5. dapo_loss          the clipped surrogate, token by token (DAPO, arXiv 2503.14476), without a KL term
+  6. backward           the loss's gradient through the frozen language model and vision tower into the pixels
+  7. train              the loop: dynamic sampling, AdamW, validation, best.png
+Left out of the textbook: reference model and KL term (beta = 0 in the paper), value function, gradients of any weight.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
+
+from eval import (TASKS, InputError, at_least, evaluate, exit_with, first_line, fitting, hub_error, key_hash,
+                  load_engine, load_processor, open_picture, prompt_text, random_picture,
+                  vllm_prompt)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 1. Seed
+
+def load_seed(path, size):
+    """Load any picture as uint8 (3, H, W), cropped and scaled to `size` (an int, or height and width).
+
+    Transparency is laid on mid-grey. No path gives noise: sigmoids of N(0, 0.1) logits (0.1 read as the deviation).
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if path is None:
+        return (torch.sigmoid(0.1 * torch.randn(3, height, width)) * 255).round().to(torch.uint8)
+    picture = ImageOps.fit(open_picture(path), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 2. Pixels
+
+class PixelLogits(nn.Module):
+    """The trainable image: X_raw = log(p / (1 - p)) of a uint8 seed (3, H, W), float32.
+
+    p = 0 and p = 1 are moved inwards by a quarter of a level, so that every seed value survives the round trip.
+    """
+
+    def __init__(self, seed):
+        super().__init__()
+        edge = 0.25 / 255
+        self.logits = nn.Parameter(torch.logit((seed.float() / 255).clamp(edge, 1 - edge)))
+
+    def forward(self):
+        """The image as float (3, H, W): its value is the 8-bit image's, its gradient is the sigmoid's.
+
+        The paper's backward sees the unrounded image. Rounding straight through makes the policy that is trained
+        the one that is deployed, to the bit.
+        """
+        image = 255 * torch.sigmoid(self.logits)
+        return image + (image.round() - image).detach()
+
+    def to_image(self):
+        """The 8-bit PIL image: what vLLM sees and what is deployed."""
+        return Image.fromarray(self().detach().to("cpu", torch.uint8).permute(1, 2, 0).numpy())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3. Rollout
+
+@dataclass
+class Completion:
+    prompt: str                     # rendered chat template, with its image placeholder
+    prompt_ids: list[int]           # as vLLM ran it: the placeholder expanded to the image's tokens
+    ids: list[int]                  # sampled token ids, the end-of-turn token included
+    logps: list[float]              # vLLM's logprob of each of them
+    text: str
+    cut: bool                       # ended by the token limit
+
+
+def rollout(llm, prompts, image, group_size, max_new_tokens=512):
+    """Sample `group_size` completions for each rendered prompt (str) behind the PIL `image`: P lists of G Completions.
+
+    Temperature 1 without top-p or top-k, so that the logprobs are those of the policy. (The paper's temperature is not known to us.)
+    """
+    from vllm import SamplingParams
+    params = SamplingParams(n=group_size, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0)
+    requests = [vllm_prompt(prompt, image) for prompt in prompts]
+    return [[Completion(prompt, list(request.prompt_token_ids), list(o.token_ids),
+                        [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)], o.text,
+                        o.finish_reason == "length")
+             for o in request.outputs]
+            for prompt, request in zip(prompts, llm.generate(requests, params, use_tqdm=False), strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4. Rewards and advantages
+
+def overlong_penalty(length, max_length, cache_length):
+    """DAPO's soft overlong punishment (eq. 13): 0 up to max_length - cache_length tokens, then linearly to -1."""
+    return -min(1.0, max(0.0, (length - (max_length - cache_length)) / cache_length))
+
+
+def group_advantages(rewards, eps=1e-4):
+    """(P, G) rewards -> (P, G) advantages: each group centred and divided by its standard deviation.
+
+    The standard deviation is Bessel-corrected and `eps` is added to it, as in TRL. An equal group gives zeros.
+    """
+    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5. Loss
+
+def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, total_tokens=None, weight=None):
+    """The clipped surrogate of DAPO (eq. 8), negated: a scalar, and metrics.
+
+    logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,). The sum over tokens is divided
+    by `total_tokens`, the completion tokens of the whole step (None: those of `mask`), so the losses and the metrics of
+    micro-batches add up to the step's. `weight` corrects for the sampler's slightly different policy; it takes no gradient.
+    """
+    total_tokens = mask.sum() if total_tokens is None else total_tokens
+    advantages = advantages[:, None]                                                    # (N, 1)
+    ratio = torch.exp((logp - old_logp).masked_fill(~mask, 0.0))                        # (N, T)
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    if weight is not None:
+        surrogate = surrogate * weight
+    clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
+    metrics = {"clip_fraction": (clipped & mask).sum().item() / int(total_tokens),
+               "ratio": (ratio.detach() * mask).sum().item() / int(total_tokens)}
+    return -(surrogate * mask).sum() / total_tokens, metrics
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6. Backward through the frozen model
+
+class GraphLinearAttentionLayer(LinearAttentionLayer):
+    """transformers' cache layer of linear attention copies its states in place, which breaks the graph: this one assigns.
+    It also learns to repeat them along the batch, which the other layers can."""
+
+    def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
+        width = conv_kernel_size or self.conv_kernel_size[state_idx] or conv_states.shape[-1]
+        if self.has_previous_state[state_idx]:
+            conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
+        elif conv_states.shape[-1] < width:
+            conv_states = F.pad(conv_states, (width - conv_states.shape[-1], 0))
+        self.conv_kernel_size[state_idx], self.conv_states[state_idx] = width, conv_states[..., -width:]
+        self.has_previous_state[state_idx] = self.is_conv_states_initialized[state_idx] = True
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
+        self.recurrent_states[state_idx], self.is_recurrent_states_initialized[state_idx] = recurrent_states, True
+        return recurrent_states
+
+    def batch_repeat_interleave(self, repeats):
+        for states in self.conv_states, self.recurrent_states:
+            for i, state in states.items():
+                states[i] = None if state is None else state.repeat_interleave(repeats, dim=0)
+
+
+def encode_image(model, processor, image):
+    """Image features of a float (3, H, W) image in [0, 255], with its graph, as `mm_encoder_outputs` wants them.
+
+    The processor is the model's own; given a float tensor it is differentiable, and its values are those of the PNG.
+    """
+    inputs = processor.image_processor(images=image, return_tensors="pt").to(model.device)
+    return model.get_image_features(**inputs, return_dict=True)
+
+
+def token_logprobs(model, hidden, targets, chunk=512):
+    """Logprobs (M,) of `targets` (M,) from the last hidden states (M, hidden), a chunk of tokens at a time: the
+    (tokens, vocabulary) float32 matrix of a batch would be gigabytes, and is recomputed in the backward instead."""
+    def logprobs(hidden, targets):
+        return -F.cross_entropy(model.get_output_embeddings()(hidden).float(), targets, reduction="none")
+    return torch.cat([checkpoint(logprobs, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+
+def completion_logprobs(model, prompt_inputs, features, ids, mask):
+    """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt, with their graph to `features`.
+
+    The completions share image and prompt, so that prefix runs once, its cache is repeated N times, the completions run
+    on it, and their gradients meet again in the prefix: P + N*T tokens instead of N*(P + T).
+    """
+    cache = DynamicCache(config=model.config.get_text_config())
+    for layer in cache.layers:
+        if type(layer) is LinearAttentionLayer:
+            layer.__class__ = GraphLinearAttentionLayer
+    prefix = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.batch_repeat_interleave(len(ids))
+    # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
+    # placeholder is an ordinary token, as it is to vLLM.
+    hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+    last = prefix.last_hidden_state[:, -1:].expand(len(ids), -1, -1)
+    hidden = torch.cat([last, hidden[:, :-1]], dim=1)                       # state t predicts token t: (N, T, hidden)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, token_logprobs(model, hidden[mask], ids[mask]))
+
+
+def backward(model, processor, pixels, groups, advantages, old_logps=None, micro_batch=8, eps_low=0.2, eps_high=0.28,
+             weight_cap=2.0):
+    """Add the gradient of the DAPO loss over `groups` (lists of Completions, (P, G) advantages) to `pixels`.
+
+    The image passes the vision tower once: the gradients of all groups gather on its features first. `old_logps`: what
+    the first update of this rollout batch returned; None in that first update, where the policy is the old policy.
+    Returns (metrics of the step, old_logps).
+    """
+    device = model.device
+    picture, total_tokens = pixels.to_image(), sum(len(c.ids) for group in groups for c in group)
+    features, spec = tree_flatten(encode_image(model, processor, pixels()))
+    leaves = [f.detach().float().requires_grad_() if torch.is_tensor(f) and f.requires_grad else f for f in features]
+    metrics, gaps, new_old_logps = {"loss": 0.0}, [], []
+    for group, group_advantage in zip(groups, advantages):
+        inputs = processor(text=[group[0].prompt], images=[picture], return_tensors="pt").to(device)
+        if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
+            raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
+        inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "attention_mask")}
+        for part in range(0, len(group), micro_batch):
+            rows = group[part:part + micro_batch]
+            width = max(2, *(len(c.ids) for c in rows))                     # 1 would be taken for a decoding step
+            pad = lambda values: torch.tensor([v + [0] * (width - len(v)) for v in values], device=device)        # noqa: E731
+            ids, mask = pad([c.ids for c in rows]), pad([[True] * len(c.ids) for c in rows]).bool()
+            sampled = pad([c.logps for c in rows])
+            logp = completion_logprobs(model, inputs, tree_unflatten(leaves, spec), ids, mask)
+            old_logp = logp.detach() if old_logps is None else old_logps[len(new_old_logps)]
+            new_old_logps.append(old_logp)
+            gap = (old_logp - sampled).masked_fill(~mask, 0.0)              # trainer against engine, before any update
+            gaps.append(gap[mask].abs())
+            weight = gap.exp().clamp(max=weight_cap) if weight_cap else None
+            loss, part_metrics = dapo_loss(logp, old_logp, group_advantage[part:part + micro_batch].to(device), mask,
+                                           eps_low, eps_high, total_tokens, weight)
+            loss.backward()
+            for name, value in {"loss": loss.item(), **part_metrics}.items():
+                metrics[name] = metrics.get(name, 0.0) + value
+    graph = [(f, leaf.grad.to(f.dtype)) for f, leaf in zip(features, leaves) if torch.is_tensor(f) and leaf.grad is not None]
+    torch.autograd.backward(*zip(*graph))
+    gaps = torch.cat(gaps)
+    return {**metrics, "mismatch": gaps.mean().item(), "mismatch_max": gaps.max().item()}, new_old_logps
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 7. The loop
+
+def check_size(processor, size):
+    """Raise InputError unless the processor takes a `size` x `size` picture as it is, equally as PNG and as tensor."""
+    def unchanged(side):
+        picture = random_picture(side, 0)
+        pixels = PixelLogits(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+        run = lambda image, **kw: processor.image_processor(images=image, return_tensors="pt", **kw)["pixel_values"]  # noqa: E731
+        try:
+            return torch.equal(run(picture), run(picture, do_resize=False)) and torch.equal(run(picture), run(pixels()))
+        except (ValueError, RuntimeError):                          # no whole number of patches
+            return False
+    if not unchanged(size):
+        works = [side for side in range(32, 1025, 16) if unchanged(side)]
+        shown = ", ".join(map(str, sorted(sorted(works, key=lambda s: abs(s - size))[:5]))) or "none up to 1024"
+        raise InputError(f"--size {size}: the model's image processor would resize it, and the pixels that are trained "
+                         f"would not be those that are deployed; sizes that work near it: {shown}.")
+
+
+def load_model(name, device):
+    """The frozen model: float32 on the CPU, bfloat16 on a GPU, no gradient for any weight. Raises InputError."""
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)})."
+                         ) if Path(name).exists() else hub_error(f"--model {name}", error) from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+def split_validation(examples, count):
+    """(training examples, validation examples): about `count` of them by the hashes of their keys, which are not cut."""
+    keys = sorted({e["key"] for e in examples}, key=lambda k: key_hash("validation " + k))
+    chosen = set(keys[:max(1, round(len(keys) * count / len(examples)))])
+    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen][:count]
+
+
+def save_png(image, path):
+    """Write whole or not at all: an interrupted run never leaves a broken picture."""
+    image.save(f"{path}.tmp", format="PNG", optimize=True)
+    os.replace(f"{path}.tmp", path)
+
+
+def panel(seed, image, gain=4):
+    """Seed, image and their difference (times `gain`, around mid-grey) side by side, labelled."""
+    before, after = np.asarray(seed, dtype=int), np.asarray(image, dtype=int)
+    difference = Image.fromarray((128 + gain * (after - before)).clip(0, 255).astype(np.uint8))
+    width, height, line = image.width, image.height, 28
+    sheet = Image.new("RGB", (3 * width + 40, height + line + 10), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    for i, (part, label) in enumerate([(seed, "seed"), (image, "trained image"), (difference, f"difference x {gain}")]):
+        sheet.paste(part, (10 + i * (width + 10), line))
+        draw.text((10 + i * (width + 10), 5), label, fill="black", font=font)
+    return sheet
+
+
+def sample_groups(llm, processor, task, stream, image, args):
+    """Dynamic sampling: roll out prompts until `args.prompts` groups hold right and wrong answers, `--rounds` times at most.
+
+    Returns the kept groups and their (P, G) rewards, and metrics over everything that was sampled.
+    """
+    kept, rewards, seen = [], [], []
+    for _ in range(args.rounds):
+        examples = [next(stream) for _ in range(args.prompts - len(kept))]
+        groups = rollout(llm, [prompt_text(processor, task, e) for e in examples], image, args.group_size, args.max_new_tokens)
+        for example, group in zip(examples, groups):
+            scores = [task.score(example, c.text) for c in group]
+            shaped = [task.reward(example, c.text) + (overlong_penalty(len(c.ids), args.max_new_tokens, args.overlong_cache)
+                                                      if args.overlong_cache else 0.0) for c in group]
+            seen += [(s, r, len(c.ids), c.cut) for s, r, c in zip(scores, shaped, group)]
+            if len(set(scores)) > 1:                                # judged by the score, not by the shaped reward
+                kept.append(group)
+                rewards.append(shaped)
+        if len(kept) == args.prompts:
+            break
+    score, reward, length, cut = (float(np.mean(x)) for x in zip(*seen))
+    return kept, torch.tensor(rewards), {"reward": reward, "score": score, "groups": len(kept), "length": length, "cut": cut,
+                                         "sampled_groups": len(seen) // args.group_size}
+
+
+def train(args):
+    """Train one image as `args` (see the flags below) say; everything it makes lies in `args.out`."""
+    out = Path(args.out)
+    if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
+        raise InputError(f"--out {out}: it holds a run already; name another folder or remove that one.")
+    torch.manual_seed(args.rng)
+    seed = load_seed(args.seed, args.size)
+    task = TASKS[args.task]
+    examples = task.load("train", args.data, args.limit)
+    processor = load_processor(args.model)
+    check_size(processor, args.size)
+    examples = fitting(processor, task, examples, args.max_model_len - args.max_new_tokens, random_picture(args.size, 0))
+    examples, validation = split_validation(examples, args.validation)
+    if len(examples) < args.prompts:
+        raise InputError(f"--task {args.task}: {len(examples)} training examples are left beside {len(validation)} for "
+                         f"validation, fewer than --prompts {args.prompts}.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    llm = load_engine(args.model, args.max_model_len, args.max_num_seqs, args.gpu_memory_utilization, args.rng)
+    model = load_model(args.model, device)
+    pixels = PixelLogits(seed).to(device)
+    # The paper's betas and weight decay are not known to us; any decay would pull the picture to grey.
+    optimizer = torch.optim.AdamW(pixels.parameters(), lr=args.lr, weight_decay=0.0)
+    order = random.Random(args.rng)
+    stream = chain.from_iterable(order.sample(examples, len(examples)) for _ in repeat(None))
+    out.mkdir(parents=True, exist_ok=True)
+    seed_image, best, started = pixels.to_image(), -1.0, time.time()
+    print(f"{args.task}: {len(examples)} training and {len(validation)} validation examples, {args.model} on {device}, "
+          f"pictures and metrics.jsonl in {out}/", flush=True)
+
+    def validate(step):
+        nonlocal best
+        image = pixels.to_image()
+        results = evaluate(llm, processor, task, validation, image, args.max_new_tokens)
+        accuracy = float(np.mean([r["score"] for r in results]))
+        if accuracy > best:                                         # the earlier image wins a tie: it is nearer to the seed
+            best = accuracy
+            save_png(image, out / "best.png")
+        save_png(panel(seed_image, image), out / "panel.png")
+        tqdm.write(f"step {step:4d}  validation {100 * accuracy:5.1f} %  (best {100 * best:5.1f} %)")
+        return accuracy
+
+    bar = tqdm(total=args.steps, unit="step", disable=None)
+    with open(out / "metrics.jsonl", "w", buffering=1) as log:
+        try:
+            save_png(seed_image, out / "last.png")
+            log.write(json.dumps({"step": 0, "validation": validate(0)}) + "\n")
+            for step in range(1, args.steps + 1):
+                start = time.time()
+                groups, rewards, metrics = sample_groups(llm, processor, task, stream, pixels.to_image(), args)
+                metrics = {"step": step, **metrics, "rollout_s": time.time() - start}
+                start = time.time()
+                if groups:
+                    for group in optimizer.param_groups:
+                        group["lr"] = metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
+                    advantages, old_logps = group_advantages(rewards), None
+                    for _ in range(args.updates):
+                        optimizer.zero_grad()
+                        update, old_logps = backward(model, processor, pixels, groups, advantages, old_logps, args.micro_batch,
+                                                     args.eps_low, args.eps_high, args.weight_cap)
+                        update["grad_norm"] = pixels.logits.grad.norm().item()
+                        optimizer.step()
+                    metrics |= update
+                image = pixels.to_image()
+                metrics["moved"] = float(np.abs(np.asarray(image, dtype=int) - np.asarray(seed_image)).mean())
+                metrics["trainer_s"] = time.time() - start
+                save_png(image, out / "last.png")
+                tqdm.write(f"step {step:4d}  reward {metrics['reward']:.3f}  score {metrics['score']:.3f}  groups "
+                           f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  "
+                           + (f"mismatch {metrics['mismatch']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
+                              if groups else "no group with right and wrong answers: nothing to learn  ")
+                           + f"moved {metrics['moved']:.1f}  {metrics['rollout_s']:.1f} + {metrics['trainer_s']:.1f} s")
+                bar.set_postfix(reward=f"{metrics['reward']:.3f}", best=f"{best:.3f}")
+                bar.update()
+                if step % args.validate_every == 0 or step == args.steps:
+                    metrics["validation"] = validate(step)
+                log.write(json.dumps(metrics) + "\n")
+        except KeyboardInterrupt:
+            save_png(panel(seed_image, pixels.to_image()), out / "panel.png")
+            tqdm.write("interrupted")
+            sys.exit(130)
+        finally:
+            bar.close()
+            if (out / "best.png").exists():
+                print(f"best validation {100 * best:.1f} %, {time.time() - started:.0f} s: {out}/best.png, {out}/last.png, "
+                      f"{out}/panel.png", flush=True)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", required=True, choices=TASKS)
+    add("--seed", help="the picture to start from; noise if not given")
+    add("--model", default="Qwen/Qwen3.5-0.8B", help="hub name or folder")
+    add("--data", help="local .jsonl, .json, .csv or .parquet of training rows in the benchmark's own schema")
+    add("--out", help="folder of the run (default: runs/TASK)")
+    add("--limit", type=at_least(1), help="read only so many training examples")
+    add("--rng", type=at_least(0), default=0, help="random number seed")
+    # Known from the paper
+    add("--size", type=at_least(1), default=256, help="side of the image: 256 is 64 tokens, and the least Qwen3.5 does not resize")
+    add("--steps", type=at_least(1), default=100)
+    add("--lr", type=at_least(0, float), default=0.1, help="AdamW, constant after --warmup steps")
+    add("--warmup", type=at_least(0), default=5)
+    add("--group-size", type=at_least(2), default=8, help="completions for each prompt, at least 2")
+    add("--prompts", type=at_least(1), default=4, help="prompts a step: the paper's 'effective batch 32', taken as completions")
+    add("--eps-low", type=at_least(0, float), default=0.2, help="ratio is clipped below 1 - this")
+    add("--eps-high", type=at_least(0, float), default=0.28, help="ratio is clipped above 1 + this")
+    # Not known from the paper, or added to it
+    add("--updates", type=at_least(1), default=1, help="updates for each rollout batch; the clip works from the second on")
+    add("--rounds", type=at_least(1), default=4, help="sampling rounds a step to replace groups that are all right or all wrong")
+    add("--overlong-cache", type=at_least(0), default=0, help="soft overlong punishment over the last so many tokens; 0: none")
+    add("--weight-cap", type=at_least(0, float), default=2.0, help="cap of the importance weight trainer / vLLM; 0: no weight")
+    add("--max-new-tokens", type=at_least(1), default=512)
+    add("--max-model-len", type=at_least(1), default=4096)
+    add("--max-num-seqs", type=at_least(1), default=256, help="sequences that vLLM runs at once")
+    add("--micro-batch", type=at_least(1), default=8, help="completions of one prompt in a trainer pass; fewer need less memory")
+    add("--gpu-memory-utilization", type=float, default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")
+    add("--validation", type=at_least(1), default=128, help="training examples set aside to choose best.png")
+    add("--validate-every", type=at_least(1), default=10, help="steps between validations")
+    args = parser.parse_args()
+    args.out = args.out or f"runs/{args.task}"
+    return args
+
+
+if __name__ == "__main__":
+    exit_with(lambda: train(parse_args()))
