@@ -301,10 +301,11 @@ def save_png(image, path):
     os.replace(f"{path}.tmp", path)
 
 
-def panel(seed, image, gain=4):
-    """Seed, image and their difference (times `gain`, around mid-grey) side by side, labelled."""
-    before, after = np.asarray(seed, dtype=int), np.asarray(image, dtype=int)
-    difference = Image.fromarray((128 + gain * (after - before)).clip(0, 255).astype(np.uint8))
+def panel(seed, image):
+    """Seed, image and their difference (around mid-grey, amplified as far as 95 % of it stays visible), labelled."""
+    difference = np.asarray(image, dtype=int) - np.asarray(seed, dtype=int)
+    gain = int(min(16, max(1, 127 // max(1, np.quantile(abs(difference), 0.95)))))
+    difference = Image.fromarray((128 + gain * difference).clip(0, 255).astype(np.uint8))
     width, height, line = image.width, image.height, 28
     sheet = Image.new("RGB", (3 * width + 40, height + line + 10), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)

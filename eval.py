@@ -459,18 +459,21 @@ def random_picture(size, *seed):
 
 def load_processor(model):
     """The processor of `model`, a hub name or a folder. Raises InputError if it is not to be had, or has no image part."""
-    from transformers import AutoProcessor
+    from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging as transformers_logging
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise InputError(f"--model {model}: it is no model folder, for it holds no config.json.")
     try:
+        AutoConfig.from_pretrained(model)               # a single file: fails soon where there is no hub
         processor = AutoProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise hub_error(f"--model {model}", error) from error
+        if not Path(model).exists():
+            raise hub_error(f"--model {model}", error) from error
+        processor = None
     if getattr(processor, "image_processor", None) is None:
-        raise InputError(f"--model {model}: it has no image processor, and ART needs a model that takes images.")
+        raise InputError(f"--model {model}: no image processor can be loaded from it, and ART needs a model that takes images.")
     return processor
 
 

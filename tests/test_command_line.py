@@ -38,15 +38,15 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path):
     """A short run from a folder with a space in its name: files, metrics, panel, and a better picture by its own slice."""
     out = tmp_path / "a run"
     command = [ROOT / "art.py", "--task", "gsm8k", "--seed", ROOT / "seed.png", *QUICK, data("gsm8k", "train"), "--out", out,
-               "--steps", 12, "--prompts", 8, "--validate-every", 6, "--updates", 2]
+               "--steps", 8, "--prompts", 8, "--validate-every", 4, "--updates", 2]
     result = run(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in out.iterdir()) == ["best.png", "last.png", "metrics.jsonl", "panel.png"]
     steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    assert [s["step"] for s in steps] == list(range(13))
+    assert [s["step"] for s in steps] == list(range(9))
     validation = {s["step"]: s["validation"] for s in steps if "validation" in s}
-    assert list(validation) == [0, 6, 12] and max(validation.values()) >= validation[0] + 0.1
-    assert np.mean([s["score"] for s in steps[9:]]) > np.mean([s["score"] for s in steps[1:4]]) + 0.05
+    assert list(validation) == [0, 4, 8] and max(validation.values()) >= validation[0] + 0.1
+    assert np.mean([s["score"] for s in steps[6:]]) > np.mean([s["score"] for s in steps[1:4]]) + 0.05
     assert steps[1]["lr"] == pytest.approx(0.02) and steps[5]["lr"] == pytest.approx(0.1)
     for key in ("reward", "groups", "mismatch", "mismatch_max", "clip_fraction", "grad_norm", "moved", "loss", "cut", "length"):
         assert np.isfinite(steps[-1][key])
@@ -54,7 +54,7 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path):
     assert best.size == last.size == (256, 256) and best.mode == "RGB"
     moved = np.abs(np.asarray(last, dtype=int) - np.asarray(Image.open(ROOT / "seed.png"), dtype=int)).mean()
     assert moved == pytest.approx(steps[-1]["moved"]) and 1 < moved < 64
-    assert re.search(r"step +12  reward 0\.\d+", result.stdout)
+    assert re.search(r"step +8  reward 0\.\d+", result.stdout)
     assert "holds a run already" in refused(*command)                           # a second run does not overwrite the first
 
 
@@ -141,7 +141,7 @@ def test_a_wrong_input_gets_one_sentence(command, sentence):
 
 
 def test_a_model_without_vision_is_refused(text_model):
-    assert "it has no image processor, and ART needs a model that takes images" in refused(*ART, "--model", text_model)
+    assert "ART needs a model that takes images" in refused(*ART, "--model", text_model)
 
 
 @pytest.mark.parametrize("module, sentence", [
@@ -164,8 +164,8 @@ def hub():
         def do_GET(self):
             gated = "gpqa" in self.path and "/resolve/" in self.path
             listed = "gpqa" in self.path and not gated
-            body = b"[]" if "paths-info" in self.path or "tree" in self.path else b'{"id": "Idavidrein/gpqa", "sha": "0", "siblings": []}'
-            if listed and "paths-info" in self.path:
+            body = b'{"id": "Idavidrein/gpqa", "sha": "0", "siblings": []}'
+            if "/paths-info/" in self.path or "/tree/" in self.path:
                 body = json.dumps([{"type": "file", "path": "gpqa_extended.csv", "size": 10, "oid": "0"}]).encode()
             self.send_response(200 if listed else 403 if gated else 404)
             self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
@@ -200,4 +200,4 @@ def test_an_unknown_model_on_the_hub(hub, tmp_path):
 def test_a_hub_that_cannot_be_reached(tmp_path):
     start = time.time()
     sentence = refused(*EVAL, "--model", "nobody/nothing", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
-    assert "nobody/nothing" in sentence and "could not be fetched" in sentence and time.time() - start < 60
+    assert "nobody/nothing" in sentence and "could not be fetched" in sentence and time.time() - start < 90
