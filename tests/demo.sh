@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# ART on a laptop: trains an image against the tiny model in tests/tiny, then scores it on held-out questions.
+#   bash tests/demo.sh [gsm8k | gpqa | toolmind]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tests/setup.sh
+export TORCH_CPP_LOG_LEVEL=ERROR
+task=${1:-gsm8k}
+case $task in gpqa) kind=csv ;; *) kind=jsonl ;; esac
+run=runs/demo-$task
+rm -rf "$run"
+.venv/bin/python art.py --task "$task" --seed seed.png --model tests/tiny --data "tests/tiny/$task/train.$kind" --out "$run" \
+    --steps 15 --prompts 8 --validate-every 5 --max-new-tokens 48 --max-model-len 512 --max-num-seqs 64
+echo
+.venv/bin/python eval.py none random seed.png "$run/best.png" --task "$task" --model tests/tiny \
+    --data "tests/tiny/$task/test.$kind"
+echo "the pictures: $run/best.png, and side by side with the seed: $run/panel.png"
