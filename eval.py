@@ -496,6 +496,8 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
     if current_platform.is_cpu():
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         options = dict(enforce_eager=True)
+        import torch
+        torch._dynamo.config.disable = True             # no C++ compiler needed, which trips over a space in the path, too
     # generation_config="vllm": no sampling default of the model's own leaks into rollouts.
     try:
         return LLM(model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=seed,
