@@ -9,21 +9,21 @@ import art
 
 
 def test_loss_by_hand_on_both_sides_of_both_clips():
-    """Four completions of one token each: advantage +-2, ratio below, between and above the clips, then a padded row."""
-    ratios = torch.tensor([[0.5], [1.1], [1.5], [0.5], [1.1], [1.5]])
-    advantages = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
+    """Completions of one token each: both signs of the advantage, ratios below, between and above the clips."""
+    ratios = torch.tensor([[0.5], [1.1], [1.5], [0.5], [1.1], [1.5], [0.4]])
+    advantages = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0, -1.0, -1.0])
     # min(r A, clip(r, 0.8, 1.28) A): for A > 0 only large ratios are cut, for A < 0 only small ones.
-    surrogate = [2 * 0.5, 2 * 1.1, 2 * 1.28, -2 * 0.8, -2 * 1.1, -2 * 1.5]
+    surrogate = [2 * 0.5, 2 * 1.1, 2 * 1.28, -0.8, -1.1, -1.5, -0.8]
     logp = torch.log(ratios).requires_grad_()
     mask = torch.ones_like(logp, dtype=torch.bool)
     loss, metrics = art.dapo_loss(logp, torch.zeros_like(logp), advantages, mask)
-    assert loss.item() == pytest.approx(-sum(surrogate) / 6, rel=1e-6)
-    assert metrics["clip_fraction"] == pytest.approx(2 / 6)
+    assert loss.item() == pytest.approx(-sum(surrogate) / 7, rel=1e-6)
+    assert metrics["clip_fraction"] == pytest.approx(3 / 7)                    # rows 3, 4 and 7
     assert metrics["ratio"] == pytest.approx(ratios.mean().item())
     loss.backward()
     # d(r A)/d logp = r A where the clip is idle, 0 where it bites.
-    expected = [-2 * 0.5, -2 * 1.1, 0, 0, 2 * 1.1, 2 * 1.5]
-    assert logp.grad[:, 0].tolist() == pytest.approx([g / 6 for g in expected], rel=1e-5)
+    expected = [-2 * 0.5, -2 * 1.1, 0, 0, 1.1, 1.5, 0]
+    assert logp.grad[:, 0].tolist() == pytest.approx([g / 7 for g in expected], rel=1e-5)
 
 
 def test_masked_tokens_count_for_nothing():
