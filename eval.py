@@ -124,6 +124,7 @@ class Task:
         as the hub's is.
         """
         source = data or "hf://datasets/" + self.files[split]
+        named = f"--data {data}" if data else source
         limit = limit or (None if data else dict(self.caps).get(split))
         skipped = Counter()
 
@@ -131,12 +132,12 @@ class Task:
             for row in read_rows(source):
                 if missing := [c for c in self.columns if not isinstance(row, dict) or row.get(c) is None]:
                     has = ", ".join(map(str, row)) if isinstance(row, dict) else f"no columns but a {type(row).__name__}"
-                    raise InputError(f"{'--data ' * bool(data)}{source}: a row lacks {', '.join(missing)} (it has {has}); "
+                    raise InputError(f"{named}: a row lacks {', '.join(missing)} (it has {has}); "
                                      f"this task reads {', '.join(self.columns)}.")
                 try:
                     example = self.example(row)
                 except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-                    raise InputError(f"{'--data ' * bool(data)}{source}: a row is not in this task's schema "
+                    raise InputError(f"{named}: a row is not in this task's schema "
                                      f"({type(error).__name__}: {first_line(error)}).") from error
                 if isinstance(example, str):
                     skipped[example] += 1
@@ -150,7 +151,7 @@ class Task:
         for reason, count in skipped.items():
             print(f"{source}: skipped {count} rows: {reason}", file=sys.stderr)
         if not found:
-            raise InputError(f"{'--data ' * bool(data)}{source}: it holds no example for the {split} split.")
+            raise InputError(f"{named}: it holds no example for the {split} split.")
         return found
 
     def score(self, example, text):

@@ -58,13 +58,19 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path):
     assert "holds a run already" in refused(*command)                           # a second run does not overwrite the first
 
 
-def test_interrupting_leaves_whole_pictures_and_says_where(tmp_path):
+def run_to_step_2(out):
+    """A long run that has just printed its second step."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "art.py"), "--task", "gsm8k", *QUICK, data("gsm8k", "train"), "--out", str(tmp_path / "run"),
-         "--steps", "500", "--prompts", "4", "--validation", "16"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, str(ROOT / "art.py"), "--task", "gsm8k", *QUICK, data("gsm8k", "train"), "--out", str(out), "--steps", "500",
+         "--prompts", "4", "--validation", "16"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step    2"):
             break
+    return process
+
+
+def test_interrupting_leaves_whole_pictures_and_says_where(tmp_path):
+    process = run_to_step_2(tmp_path / "run")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err, err
@@ -74,14 +80,9 @@ def test_interrupting_leaves_whole_pictures_and_says_where(tmp_path):
 
 
 def test_kill_leaves_whole_pictures(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "art.py"), "--task", "gsm8k", *QUICK, data("gsm8k", "train"), "--out", str(tmp_path / "run"),
-         "--steps", "500", "--prompts", "4", "--validation", "16"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in process.stdout:
-        if line.startswith("step    2"):
-            break
+    process = run_to_step_2(tmp_path / "run")
     process.kill()
-    process.wait()
+    process.communicate()
     for name in ("best.png", "last.png"):
         Image.open(tmp_path / "run" / name).load()
 
