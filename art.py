@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -40,6 +41,8 @@ from transformers.cache_utils import LinearAttentionLayer
 from eval import (TASKS, InputError, at_least, evaluate, exit_with, first_line, fitting, hub_error, key_hash,
                   load_engine, load_processor, open_picture, prompt_text, random_picture,
                   vllm_prompt)
+
+__version__ = "1.0"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -64,12 +67,20 @@ class PixelLogits(nn.Module):
     """The trainable image: X_raw = log(p / (1 - p)) of a uint8 seed (3, H, W), float32.
 
     p = 0 and p = 1 are moved inwards by a quarter of a level, so that every seed value survives the round trip.
+    `max_change` bounds the distance of each 8-bit value from the seed's, where the optimiser's steps are `project`ed.
     """
 
-    def __init__(self, seed):
+    def __init__(self, seed, max_change=None):
         super().__init__()
-        edge = 0.25 / 255
-        self.logits = nn.Parameter(torch.logit((seed.float() / 255).clamp(edge, 1 - edge)))
+        logits = lambda levels: torch.logit((levels / 255).clamp(0.25 / 255, 1 - 0.25 / 255))           # noqa: E731
+        self.logits = nn.Parameter(logits(seed.float()))
+        for name, sign in (("low", -1), ("high", 1)):
+            self.register_buffer(name, None if max_change is None else logits(seed.float() + sign * max_change), persistent=False)
+
+    @torch.no_grad()
+    def project(self):
+        if self.low is not None:
+            self.logits.clamp_(self.low, self.high)
 
     def forward(self):
         """The image as float (3, H, W): its value is the 8-bit image's, its gradient is the sigmoid's.
@@ -295,9 +306,12 @@ def split_validation(examples, count):
     return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen][:count]
 
 
-def save_png(image, path):
-    """Write whole or not at all: an interrupted run never leaves a broken picture."""
-    image.save(f"{path}.tmp", format="PNG", optimize=True)
+def save_png(image, path, notes={}):
+    """Write whole or not at all: an interrupted run never leaves a broken picture. `notes` go into its text chunks."""
+    chunks = PngInfo()
+    for keyword, text in notes.items():
+        chunks.add_text(keyword, str(text))
+    image.save(f"{path}.tmp", format="PNG", optimize=True, pnginfo=chunks)
     os.replace(f"{path}.tmp", path)
 
 
@@ -358,13 +372,15 @@ def train(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     llm = load_engine(args.model, args.max_model_len, args.max_num_seqs, args.gpu_memory_utilization, args.rng)
     model = load_model(args.model, device)
-    pixels = PixelLogits(seed).to(device)
+    pixels = PixelLogits(seed, args.max_change).to(device)
     # The paper's betas and weight decay are not known to us; any decay would pull the picture to grey.
     optimizer = torch.optim.AdamW(pixels.parameters(), lr=args.lr, weight_decay=0.0)
     order = random.Random(args.rng)
     stream = chain.from_iterable(order.sample(examples, len(examples)) for _ in repeat(None))
     out.mkdir(parents=True, exist_ok=True)
     seed_image, best, started = pixels.to_image(), -1.0, time.time()
+    notes = {"Title": f"ART image for {args.task}", "Software": f"art.py {__version__} (arXiv 2606.11854)", "model": args.model,
+             "task": args.task, "settings": json.dumps({k: v for k, v in vars(args).items() if k not in ("out", "data", "seed")})}
     print(f"{args.task}: {len(examples)} training and {len(validation)} validation examples, {args.model} on {device}, "
           f"pictures and metrics.jsonl in {out}/", flush=True)
 
@@ -375,7 +391,7 @@ def train(args):
         accuracy = float(np.mean([r["score"] for r in results]))
         if accuracy > best:                                         # the earlier image wins a tie: it is nearer to the seed
             best = accuracy
-            save_png(image, out / "best.png")
+            save_png(image, out / "best.png", {**notes, "step": step, "validation": accuracy})
         save_png(panel(seed_image, image), out / "panel.png")
         tqdm.write(f"step {step:4d}  validation {100 * accuracy:5.1f} %  (best {100 * best:5.1f} %)")
         return accuracy
@@ -383,7 +399,7 @@ def train(args):
     bar = tqdm(total=args.steps, unit="step", disable=None)
     with open(out / "metrics.jsonl", "w", buffering=1) as log:
         try:
-            save_png(seed_image, out / "last.png")
+            save_png(seed_image, out / "last.png", {**notes, "step": 0})
             log.write(json.dumps({"step": 0, "validation": validate(0)}) + "\n")
             for step in range(1, args.steps + 1):
                 start = time.time()
@@ -400,11 +416,12 @@ def train(args):
                                                      args.eps_low, args.eps_high, args.weight_cap)
                         update["grad_norm"] = pixels.logits.grad.norm().item()
                         optimizer.step()
+                        pixels.project()
                     metrics |= update
                 image = pixels.to_image()
                 metrics["moved"] = float(np.abs(np.asarray(image, dtype=int) - np.asarray(seed_image)).mean())
                 metrics["trainer_s"] = time.time() - start
-                save_png(image, out / "last.png")
+                save_png(image, out / "last.png", {**notes, "step": step})
                 tqdm.write(f"step {step:4d}  reward {metrics['reward']:.3f}  score {metrics['score']:.3f}  groups "
                            f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  "
                            + (f"mismatch {metrics['mismatch']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
@@ -446,6 +463,7 @@ def parse_args():
     add("--eps-low", type=at_least(0, float), default=0.2, help="ratio is clipped below 1 - this")
     add("--eps-high", type=at_least(0, float), default=0.28, help="ratio is clipped above 1 + this")
     # Not known from the paper, or added to it
+    add("--max-change", type=at_least(1), help="most that a pixel's 8-bit value may differ from the seed's (default: anything)")
     add("--updates", type=at_least(1), default=1, help="updates for each rollout batch; the clip works from the second on")
     add("--rounds", type=at_least(1), default=4, help="sampling rounds a step to replace groups that are all right or all wrong")
     add("--overlong-cache", type=at_least(0), default=0, help="soft overlong punishment over the last so many tokens; 0: none")

@@ -1,31 +1,38 @@
-"""Score pictures as ART images: accuracy on GSM8K, GPQA or ToolMind with its bootstrap interval.
+"""Score pictures as ART images: accuracy on GSM8K, GPQA or ToolMind, with intervals and paired differences.
 
     python eval.py best.png --task gsm8k
-    python eval.py none random seed.png best.png --task gsm8k      # several arms: one engine, the same questions
+    python eval.py none random string:64 seed.png best.png --task gsm8k --out results.json
+    python eval.py none best.png --task gsm8k --server http://localhost:8000/v1       # over the server where it will live
 
-An arm is a picture file, `none` (the text alone) or `random` (a fresh random picture for every question).
+All arms answer the same questions, which one engine gets at once. An arm is a picture file, `none` (the text alone),
+`random` (a fresh random picture for every question) or `string:N` (N fresh random text tokens for every question).
 The defaults are those of the paper's published evaluation (arXiv 2606.11854): greedy, at most 512 new tokens,
 presence penalty 1.0, 95 % intervals from 10,000 bootstrap resamples. art.py imports tasks and engine from here.
 """
 
 import argparse
+import base64
 import csv
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import re
 import sys
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 
 class InputError(Exception):
@@ -453,6 +460,22 @@ def open_picture(path):
         raise InputError(f"{path}: it cannot be read as a picture ({first_line(error)}).") from error
 
 
+def png_bytes(picture):
+    """The losslessly compressed pixels alone: their number is the paper's measure of what a picture stores."""
+    picture.save(buffer := io.BytesIO(), "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def png_notes(path):
+    """What is written in a picture file's text chunks, as strings by keyword; art.py writes `model`, `task` and more."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()                              # chunks may stand behind the pixels
+            return {str(k): str(v) for k, v in getattr(picture, "text", {}).items()}
+    except (OSError, ValueError, SyntaxError):
+        return {}
+
+
 def random_picture(size, *seed):
     """A picture of independent, uniformly random 8-bit values."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
@@ -507,11 +530,14 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
         raise InputError(f"--model {model}: vLLM cannot start it ({' '.join(str(error).split())}).") from error
 
 
+def render(processor, messages, tools):
+    """The chat template's text: with the image's placeholder, up to where the model begins to answer."""
+    return processor.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+
+
 def prompt_text(processor, task, example, image=True):
-    """The rendered chat template of an example: with its image placeholder, up to where the model begins to answer."""
-    messages, tools = task.messages(example, image)
-    return processor.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True,
-                                         enable_thinking=False)
+    """The rendered prompt of an example."""
+    return render(processor, *task.messages(example, image))
 
 
 def vllm_prompt(text, picture):
@@ -535,30 +561,150 @@ def fitting(processor, task, examples, max_tokens, picture):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Scoring
+# Asking: an engine in this process, or a server
 
-def evaluate(llm, processor, task, examples, arm, max_new_tokens=512, presence_penalty=1.0, progress=False, rng=0, size=256):
-    """Greedy completions of `examples` behind `arm`: a PIL image, "none" or "random". Returns one dict an example:
-    {text, tokens, score, readable, cut}."""
+GREEDY = dict(temperature=0.0, max_tokens=512, presence_penalty=1.0, n=1)          # of the paper's published evaluation
+
+
+def arm_requests(processor, task, examples, arm, rng=0, size=256):
+    """What is asked for each example behind `arm`: (chat messages, tools, PIL picture or None).
+
+    An arm is a PIL picture, "none" (the text alone), "random" (a fresh random picture for every question) or "string:N"
+    (N fresh random text tokens in the picture's place, the paper's control).
+    """
+    requests = []
+    for i, example in enumerate(examples):
+        picture = random_picture(size, rng, i) if arm == "random" else None if isinstance(arm, str) else arm
+        messages, tools = task.messages(example, picture is not None)
+        if isinstance(arm, str) and arm.startswith("string:"):
+            text = random_string(processor.tokenizer, int(arm[7:]), rng, i) + "\n\n"
+            first = next(j for j, m in enumerate(messages) if m["role"] == "user")
+            messages = list(messages)
+            messages[first] = {**messages[first], "content": [{"type": "text", "text": text}, *messages[first]["content"]]}
+        requests.append((messages, tools, picture))
+    return requests
+
+
+def random_string(tokenizer, count, *seed):
+    """Text of `count` random ordinary tokens that is tokenised into these again."""
+    rng, ids, special = np.random.default_rng(seed), [], set(tokenizer.all_special_ids)
+    while len(ids) < count:
+        more = [*ids, int(rng.integers(len(tokenizer)))]
+        if more[-1] not in special and tokenizer.encode(tokenizer.decode(more), add_special_tokens=False) == more:
+            ids = more
+    return tokenizer.decode(ids)
+
+
+def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
+    """Completions [(text, tokens, cut)] of each request by vLLM in this process, which gets all of them at once."""
     from vllm import SamplingParams
-    pictures = (random_picture(size, rng, i) if arm == "random" else None if arm == "none" else arm
-                for i in range(len(examples)))
-    prompts = [vllm_prompt(prompt_text(processor, task, e, picture is not None), picture)
-               for e, picture in zip(examples, pictures)]
-    params = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, presence_penalty=presence_penalty)
-    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=progress)]
-    return [{"text": o.text, "tokens": len(o.token_ids), "score": task.score(e, o.text),
-             "readable": task.answer(e, o.text) is not None, "cut": o.finish_reason == "length"}
-            for e, o in zip(examples, outputs, strict=True)]
+    prompts = [vllm_prompt(render(processor, messages, tools), picture) for messages, tools, picture in requests]
+    return [[(o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]
+            for output in llm.generate(prompts, SamplingParams(**sampling), use_tqdm=progress)]
 
 
-def bootstrap_interval(scores, resamples=10_000, level=0.95, seed=0):
-    """Mean of `scores` (n,) and its percentile bootstrap interval, each in the scores' unit."""
-    scores, rng = np.asarray(scores, dtype=float), np.random.default_rng(seed)
-    means = np.concatenate([scores[rng.integers(0, len(scores), (100, len(scores)))].mean(1)
-                            for _ in range(resamples // 100)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return scores.mean(), low, high
+def wire(message, picture):
+    """A chat message as the OpenAI protocol has it: pictures are data URLs, and the arguments of calls are JSON text."""
+    def part(p):
+        return {"type": "image_url", "image_url": {"url": picture}} if p["type"] == "image" else p
+    calls = [{**c, "id": f"call-{i}", "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}}
+             for i, c in enumerate(message.get("tool_calls", []))]
+    return {"role": message["role"], "content": list(map(part, message["content"])), **({"tool_calls": calls} if calls else {}),
+            **({"tool_call_id": "call-0"} if message["role"] == "tool" else {})}
+
+
+def ask_server(url, model, requests, sampling=GREEDY, parallel=64):
+    """The same from an OpenAI-compatible server, such as vLLM's, `parallel` requests at a time. Raises InputError.
+
+    Failures are retried five times with growing pauses.
+    """
+    import openai
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5, timeout=600)
+    links = {id(p): "data:image/png;base64," + base64.b64encode(png_bytes(p)).decode() for _, _, p in requests if p is not None}
+
+    def ask(request):
+        messages, tools, picture = request
+        # Calls are read from the text, as in process: the server is not to parse them.
+        response = client.chat.completions.create(
+            model=model, messages=[wire(m, links.get(id(picture))) for m in messages], **sampling,
+            **({"tools": tools, "tool_choice": "none"} if tools else {}),
+            extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+        return [(c.message.content or "", response.usage.completion_tokens // sampling["n"], c.finish_reason == "length")
+                for c in response.choices]
+    try:
+        with ThreadPoolExecutor(parallel) as pool:
+            return list(tqdm(pool.map(ask, requests), total=len(requests), disable=None))
+    except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"--server {url}: it gives no completions of {model} ({first_line(error)}).") from error
+
+
+def served_model(url):
+    """The name of the model that an OpenAI-compatible server serves. Raises InputError."""
+    import openai
+    try:
+        return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none")).models.list().data[0].id
+    except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise InputError(f"--server {url}: no OpenAI-compatible server answers there ({first_line(error)}).") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Scores
+
+def judge(task, examples, completions):
+    """One dict an example, with lists of one value a sample: {key, text, tokens, cut, score, readable}."""
+    return [{"key": e["key"], "text": [t for t, _, _ in samples], "tokens": [n for _, n, _ in samples],
+             "cut": [cut for _, _, cut in samples], "score": [task.score(e, t) for t, _, _ in samples],
+             "readable": [task.answer(e, t) is not None for t, _, _ in samples]}
+            for e, samples in zip(examples, completions, strict=True)]
+
+
+def evaluate(llm, processor, task, examples, arm, max_new_tokens=512):
+    """Greedy completions of `examples` behind `arm` and their scores, as `judge` gives them."""
+    requests = arm_requests(processor, task, examples, arm)
+    return judge(task, examples, ask_engine(llm, processor, requests, {**GREEDY, "max_tokens": max_new_tokens}))
+
+
+def bootstrap_interval(scores, keys=None, resamples=10_000, level=0.95, seed=0):
+    """Mean of `scores` (n,) and its percentile bootstrap interval; rows with the same one of `keys` are drawn together."""
+    scores, rng, index = np.asarray(scores, dtype=float), np.random.default_rng(seed), {}
+    cluster = [index.setdefault(key, len(index)) for key in (range(len(scores)) if keys is None else keys)]
+    totals, sizes = np.bincount(cluster, scores), np.bincount(cluster)
+    draws = (rng.integers(0, len(totals), (100, len(totals))) for _ in range(resamples // 100))
+    means = np.concatenate([totals[d].sum(1) / sizes[d].sum(1) for d in draws])
+    return scores.mean(), *np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+
+
+def mcnemar(scores, baseline):
+    """Exact two-sided p-value of two arms' scores (0 or 1) on the same questions: the sign test of those that differ."""
+    won, lost = (sum(x > y for x, y in zip(*pair)) for pair in ((scores, baseline), (baseline, scores)))
+    return min(1.0, float(Fraction(2 * sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1)), 2 ** (won + lost))))
+
+
+def report(task, arms, baseline=None):
+    """Print the table of a task's `arms`, {name: {"bytes": of its pixels or None, "results": by `judge`}}, and their paired
+    differences to `baseline` (None: the first)."""
+    first = next(iter(arms))
+    keys, samples = [r["key"] for r in arms[first]["results"]], len(arms[first]["results"][0]["score"])
+    mean = {arm: [float(np.mean(r["score"])) for r in a["results"]] for arm, a in arms.items()}
+    if any([r["key"] for r in a["results"]] != keys for a in arms.values()):
+        raise InputError(f"{task}: the arms were scored on different questions, since prompts that were too long were left out: "
+                         "score all arms in one call.")
+    width = max(map(len, [*arms, f"less {baseline or first}"]))
+    print(f"\n{f'{task}, n = {len(keys)}':{width}}  accuracy %  95 % interval   " + f"pass@{samples} %  " * (samples > 1)
+          + "tokens  unreadable %  cut %  PNG bytes")
+    for arm, a in arms.items():
+        accuracy, low, high = (100 * x for x in bootstrap_interval(mean[arm], keys))
+        passed = f"{100 * np.mean([max(r['score']) for r in a['results']]):8.2f}  " if samples > 1 else ""
+        tokens, readable, cut = (np.mean([r[k] for r in a["results"]]) for k in ("tokens", "readable", "cut"))
+        print(f"{arm:{width}}  {accuracy:10.2f}  [{low:6.2f}, {high:6.2f}]  {passed}{tokens:6.1f}  {100 * (1 - readable):12.1f}  "
+              f"{100 * cut:5.1f}  {a['bytes'] or '-':>9}")
+    others = [arm for arm in arms if arm != (baseline or first)]
+    if others:
+        print(f"{f'less {baseline or first}':{width}}      points  95 % interval     McNemar p")
+    for arm in others:
+        points, low, high = (100 * x for x in bootstrap_interval(np.subtract(mean[arm], mean[baseline or first]), keys))
+        print(f"{arm:{width}}  {points:+10.2f}  [{low:+6.2f}, {high:+6.2f}]  "
+              + (f"{mcnemar(mean[arm], mean[baseline or first]):10.2g}" if samples == 1 else f"{'-':>10}"))
 
 
 def at_least(low, kind=int):
@@ -583,42 +729,89 @@ def exit_with(main):
         sys.exit(130)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arms", nargs="+", metavar="IMAGE", help="a picture file, `none` or `random`")
-    parser.add_argument("--task", required=True, choices=TASKS)
-    parser.add_argument("--model", default="Qwen/Qwen3.5-0.8B", help="hub name or folder")
-    parser.add_argument("--data", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema")
-    parser.add_argument("--limit", type=at_least(1), help="score the first LIMIT questions only")
-    parser.add_argument("--size", type=at_least(1), default=256, help="side of the `random` pictures, in pixels")
-    parser.add_argument("--rng", type=at_least(0), default=0, help="random number seed of the `random` pictures")
-    parser.add_argument("--max-new-tokens", type=at_least(1), default=512)
-    parser.add_argument("--max-model-len", type=at_least(1), default=4096)
-    parser.add_argument("--presence-penalty", type=float, default=1.0, help="1.0 as in the paper's evaluation")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    args = parser.parse_args()
-
-    pictures = {arm: arm if arm in ("none", "random") else open_picture(arm) for arm in args.arms}
-    task = TASKS[args.task]
-    examples = task.load("test", args.data, args.limit)
+def score_arms(args, jobs):
+    """Yield (task, arm's name, results) for `jobs`, [(task, name, arm)]: one engine, and all requests handed over at once."""
+    sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty, n=args.samples)
+    examples = {name: TASKS[name].load("test", data, args.limit) for name, data in zip(args.task, args.data or repeat(None))}
     processor = load_processor(args.model)
-    largest = max([p for p in pictures.values() if isinstance(p, Image.Image)] or [random_picture(args.size, 0)],
-                  key=lambda p: p.width * p.height)
-    examples = fitting(processor, task, examples, args.max_model_len - args.max_new_tokens, largest)
-    llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization)
+    pictures = [arm for _, _, arm in jobs if isinstance(arm, Image.Image)] + [random_picture(args.size, 0)]
+    largest = max(pictures, key=lambda p: p.width * p.height)
+    for name in examples:
+        examples[name] = fitting(processor, TASKS[name], examples[name], args.max_model_len - args.max_new_tokens, largest)
+    requests = [arm_requests(processor, TASKS[task], examples[task], arm, args.rng, args.size) for task, _, arm in jobs]
+    if args.server:
+        completions = iter(ask_server(args.server, args.model, sum(requests, []), sampling))
+    else:
+        llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization)
+        completions = iter(ask_engine(llm, processor, sum(requests, []), sampling, progress=sys.stderr.isatty()))
+    for (task, name, _), asked in zip(jobs, requests):
+        yield task, name, judge(TASKS[task], examples[task], list(islice(completions, len(asked))))
 
-    width = max(map(len, args.arms))
-    print(f"{args.task}, n = {len(examples)}, {args.model}, greedy, presence penalty {args.presence_penalty}")
-    print(f"{'image':{width}}  accuracy %  95 % interval     n  unreadable %  cut %  tokens  PNG bytes")
-    for arm, picture in pictures.items():
-        results = evaluate(llm, processor, task, examples, picture, args.max_new_tokens, args.presence_penalty,
-                           progress=sys.stderr.isatty(), rng=args.rng, size=args.size)
-        mean, low, high = (100 * x for x in bootstrap_interval([r["score"] for r in results]))
-        unreadable, cut, tokens = (np.mean([r[k] for r in results]) for k in ("readable", "cut", "tokens"))
-        size = os.path.getsize(arm) if isinstance(picture, Image.Image) else "-"
-        print(f"{arm:{width}}  {mean:10.2f}  [{low:5.2f}, {high:6.2f}] {len(results):5d}  {100 * (1 - unreadable):12.1f}  "
-              f"{100 * cut:5.1f}  {tokens:6.1f}  {size:>9}", flush=True)
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("arms", nargs="*", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
+    add("--task", nargs="+", choices=TASKS, help="default: the one written in the first picture")
+    add("--model", help="hub name or folder (default: the server's, or what is written in the first picture, or Qwen/Qwen3.5-0.8B)")
+    add("--data", nargs="+", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema, one for each task")
+    add("--server", metavar="URL", help="score over an OpenAI-compatible server, for instance http://localhost:8000/v1")
+    add("--out", help="JSON file that keeps every completion; arms that it holds are not run again")
+    add("--baseline", metavar="ARM", help="the arm that the others are compared with (default: the first)")
+    add("--info", action="store_true", help="only show what is written in the pictures")
+    add("--limit", type=at_least(1), help="score the first LIMIT questions only")
+    add("--samples", type=at_least(1), default=1, help="completions of each question; more than one need a --temperature")
+    add("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy")
+    add("--size", type=at_least(1), default=256, help="side of the `random` pictures, in pixels")
+    add("--rng", type=at_least(0), default=0, help="random number seed of the `random` and `string` arms")
+    add("--max-new-tokens", type=at_least(1), default=512)
+    add("--max-model-len", type=at_least(1), default=4096)
+    add("--presence-penalty", type=float, default=1.0, help="1.0 as in the paper's evaluation")
+    add("--gpu-memory-utilization", type=float, default=0.9)
+    return parser.parse_args()
+
+
+def main(args):
+    saved = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).exists() else {"settings": {}, "tasks": {}}
+    arms = {name: name if re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name) else open_picture(name) for name in args.arms}
+    pictures = {name: {"bytes": len(png_bytes(arm)), "sha256": hashlib.sha256(arm.tobytes()).hexdigest()}
+                for name, arm in arms.items() if isinstance(arm, Image.Image)}
+    if args.info:
+        for name in pictures:
+            print(f"{name}: {arms[name].width} x {arms[name].height}, {os.path.getsize(name)} bytes, {pictures[name]['bytes']} without notes")
+            for key, value in png_notes(name).items():
+                print(f"  {key}: {value}")
+        return
+    if arms:
+        notes = next(map(png_notes, pictures), {})
+        args.task = args.task or [notes.get("task")]
+        if args.task[0] not in TASKS:
+            raise InputError(f"--task is missing, and no picture tells its task: choose among {', '.join(TASKS)}.")
+        if args.data and len(args.data) != len(args.task):
+            raise InputError(f"--data: {len(args.data)} files for {len(args.task)} tasks; give one for each task, in their order.")
+        if args.samples > 1 and not args.temperature:
+            raise InputError("--samples: greedy completions are all the same; give a --temperature, for instance 1.")
+        args.model = args.model or (served_model(args.server) if args.server else notes.get("model") or "Qwen/Qwen3.5-0.8B")
+        settings = {k: getattr(args, k) for k in ("model", "data", "limit", "samples", "temperature", "size", "rng", "max_new_tokens",
+                                                  "max_model_len", "presence_penalty")}
+        if saved["tasks"] and saved["settings"] != settings:
+            raise InputError(f"--out {args.out}: its scores were made with other settings ({saved['settings']}): name another file.")
+        jobs = [(task, name, arm) for task in args.task for name, arm in arms.items()
+                if saved["tasks"].get(task, {}).get(name, {}).get("sha256", "") != pictures.get(name, {}).get("sha256")]
+        saved["settings"] = settings
+        for task, name, results in score_arms(args, jobs) if jobs else ():
+            saved["tasks"].setdefault(task, {})[name] = {**pictures.get(name, {"bytes": None, "sha256": None}), "results": results}
+        if args.out:
+            Path(f"{args.out}.tmp").write_text(json.dumps(saved))
+            os.replace(f"{args.out}.tmp", args.out)
+    if not saved["tasks"]:
+        raise InputError("no arm is given: name a picture file, none, random or string:N, or an --out file with scores.")
+    print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in saved["settings"].items() if v is not None))
+    for task, scored in saved["tasks"].items():
+        if args.baseline and args.baseline not in scored:
+            raise InputError(f"--baseline {args.baseline}: it is none of the arms, {', '.join(scored)}.")
+        report(task, scored, args.baseline)
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(lambda: main(parse_args()))

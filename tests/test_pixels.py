@@ -41,6 +41,20 @@ def test_png_is_the_policy(processor, tmp_path, size):
     assert (from_png - from_tensor).abs().max().item() == 0.0
 
 
+@pytest.mark.parametrize("bound", [1, 8, 300])
+def test_max_change_bounds_every_pixels_distance_from_the_seed(bound):
+    seed = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
+    pixels = art.PixelLogits(seed, bound)
+    pixels.project()
+    assert torch.equal(pixels().detach(), seed.float())                             # the seed itself is inside
+    with torch.no_grad():
+        pixels.logits += torch.tensor([20.0, -20.0, 0.0])[:, None, None]
+    pixels.project()
+    up, down, still = pixels().detach()
+    assert torch.equal(up, (seed[0].float() + bound).clamp(max=255)) and torch.equal(down, (seed[1].float() - bound).clamp(min=0))
+    assert torch.equal(still, seed[2].float())
+
+
 def test_noise_without_a_seed_is_grey_and_faint():
     noise = art.load_seed(None, 256).float()
     assert noise.shape == (3, 256, 256)
