@@ -1,9 +1,8 @@
-"""The three tasks: data in the benchmarks' own schemas, splits, prompts, scores and rewards."""
+"""The three tasks: data in the benchmarks' own schemas, splits and prompts."""
 
 import csv
 import json
 import random
-from fractions import Fraction
 
 import numpy as np
 import pyarrow
@@ -15,96 +14,6 @@ from conftest import ROOT, data
 from eval import TASKS, InputError
 
 SHARED = ROOT.parent / "shared" / "data"                        # real rows, where they are at hand
-
-
-@pytest.mark.parametrize("text, value", [
-    ("16 - 3 - 4 = 9\n9 * 2 = 18\nAnswer: 18", 18), ("**Answer:** 18", 18), ("**Answer**: 18 dollars", 18),
-    ("Answer: \\boxed{18}", 18), ("so it is \\boxed{18}.", 18), ("#### 18", 18), ("Answer: $1,080.", 1080),
-    ("Answer: \\$1,080", 1080), ("Answer: -$7", -7), ("Answer: $-7", -7), ("Answer: \u22127", -7), ("Answer: 5.0", 5),
-    ("Answer: 18\n2 eggs are left over", 18), ("Answer:\n\n18", 18), ("Answer: 9 * 2 = 18", 18), ("Answer: 1/2", Fraction(1, 2)),
-    ("Answer: \\frac{1}{2}", Fraction(1, 2)), ("Answer: 50%", 50), ("The final answer is 18.", 18), ("answer is: 18", 18),
-    ("Answer: 3\nNo. Answer: 4", 4), ("Answer: **18**", 18), ("Answer: <18>", 18), ("Answer: .5", Fraction(1, 2)),
-    ("<think>Answer: 3</think>Answer: 4", 4), ("Answer: 18\n</think>", 18), ("Answer: 18\n\nI hope this answer is helpful!", 18),
-    ("Answer: 18\n\n#### Explanation", 18), ("Answer: 18 (= 9 * 2)", 18), ("Answer: 18 (profit = 200 - 182)", 18),
-    ("Answer:\n- 18 dollars", 18), ("Answer: Rs.500", 500), ("Answer: 1\\,080", 1080), ("**Final Answer**\n\n18", 18),
-    ("Answer\uff1a18", 18), ("Answer (in dollars): 18", 18), ("Answer:\r\n18", 18), ("Answer: 5 100-dollar bills", 5), ("Answer: 1{,}080", 1080), ("Answer: 1 080", 1080),
-    # no readable answer
-    ("About 18, I think.", None), ("18", None), ("Answer: seven", None), ("Answer:", None), ("", None),
-    ("<think>Answer: 18", None), ("The answers are 18", None), ("Answer: 9 * 2", None), ("Answer: 18 + 2", None),
-    ("Answer: 1 1/2", None), ("Answer: <number>", None),
-])
-def test_gsm8k_reads_what_models_write(text, value):
-    assert tasks.gsm8k_answer(None, text) == value
-    assert TASKS["gsm8k"].score({"target": Fraction(18)}, text) == float(value == 18)
-
-
-def test_gsm8k_reward_is_shaped_and_only_a_right_answer_earns_one():
-    reward = lambda text: TASKS["gsm8k"].reward({"target": Fraction(200)}, text)                         # noqa: E731
-    assert [reward(t) for t in ("Answer: 200", "Answer: 201", "Answer: 215", "Answer: 9", "200", "many")] == [
-        1.0, 0.4, 0.2, 0.1, 0.01, 0.0]
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("The correct answer is (B)", "B"), ("The correct answer is (b).", "B"), ("**The correct answer is (B)**", "B"),
-    ("The correct answer is **B**", "B"), ("Answer: B", "B"), ("answer is: \\boxed{B}", "B"), ("Answer: B. copper", "B"),
-    ("(A) looks right, but the correct answer is (B)", "B"), ("The answer is A. No: the answer is B.", "B"),
-    ("The correct answer is: $\\boxed{\\text{B}}$", "B"), ("The correct answer is option (B)", "B"), ("answer is: \"B\"", "B"),
-    ("The correct answer is [B]", "B"), ("Answer: B because it is", "B"), ("The correct answer is ( B )", "B"), ("answer: \\boxed{\\mathrm{B}}", "B"),
-    ("Perhaps copper.", None), ("The correct answer is (A) or (B)", None), ("The answer is a difficult one", None),
-    ("The correct answer is Brass", None), ("<think>The correct answer is (B)", None), ("", None), ("(B)(E)", None),
-    ("The correct answer is D-glucose", None), ("The answer is A photon", None), ("The correct answer is (A)(B)(C)(D)", None),
-    ("The correct answer is (A) or maybe (B)", None), ("The correct answer is (A) is incorrect", None), ("answer is" + "*" * 100_000, None),
-])
-def test_gpqa_reads_what_models_write(text, letter):
-    assert tasks.gpqa_answer(None, text) == letter
-    assert TASKS["gpqa"].reward({"target": "B"}, text) == {"B": 1.0, None: 0.0}.get(letter, 0.1)
-
-
-TOOLS = [tasks.tool_schema(t) for t in (
-    {"function": {"name": "book", "parameters": {"type": "object", "properties": {
-        "city": {"type": "string"}, "people": {"type": "integer"}, "tags": {"type": "array"}, "code": {"type": "string"}}}}},
-    {"function": {"name": "stop", "parameters": {}}})]
-BOOK = {"tools": TOOLS, "target": tasks.comparable([("book", {"city": "Oslo", "people": 2})], TOOLS)}
-HERMES = '<tool_call>\n{"name": "book", "arguments": %s}\n</tool_call>'
-XML = "<tool_call>\n<function=book>\n<parameter=city>\n%s\n</parameter>\n<parameter=people>\n%s\n</parameter>\n</function>\n</tool_call>"
-
-
-@pytest.mark.parametrize("text, score", [
-    (XML % ("Oslo", 2), 1), (HERMES % '{"city": "Oslo", "people": 2}', 1), (HERMES % '{"people": 2.0, "city": "Oslo"}', 1),
-    (HERMES % '{"city": "Oslo", "people": "2"}', 1), ("Let me see.\n" + XML % ("Oslo", 2) + "\nDone.", 1),
-    (HERMES % '"{\\"city\\": \\"Oslo\\", \\"people\\": 2}"', 1), ("<think>\nOslo?\n</think>\n" + XML % ("Oslo", 2), 1),
-    (XML % ("oslo", 2), 0), (XML % ("Oslo", 3), 0), (HERMES % '{"city": "Oslo"}', 0), (HERMES % '{"city": "Oslo", "people": [2]}', 0),
-    (HERMES % '{"city": "Oslo", "people": 2, "code": "x"}', 0), (2 * (XML % ("Oslo", 2)), 0),
-    ('<tool_call>\n{"name": "book", "arguments": {"city": "Oslo"\n</tool_call>', 0), ("book(city='Oslo', people=2)", 0),
-    ((XML % ("Oslo", 2)).replace("</tool_call>", ""), 0), ((XML % ("Oslo", 2)).replace("</function>", ""), 0),
-    ('<tool_call>\n{"name": "book", "parameters": {"city": "Oslo", "people": 2}}\n</tool_call>', 0),
-    ('<tool_call>\n{"name": "book", "arguments": {"people": ' + "[" * 2000 + "\n</tool_call>", 0), (XML % ("Oslo", "[" * 600 + "]" * 600), 0),
-    ("<tool_call>book</tool_call>", 0), ("I can help you with that.", 0), ("", 0),
-])
-def test_toolmind_wants_exactly_the_call_in_either_dialect(text, score):
-    assert TASKS["toolmind"].score(BOOK, text) == score
-    assert (TASKS["toolmind"].reward(BOOK, text) == 1) == (score == 1)
-
-
-def test_toolmind_arguments_are_judged_by_the_tools_schema():
-    same = lambda a, b: tasks.comparable([("book", a)], TOOLS) == tasks.comparable([("book", b)], TOOLS)    # noqa: E731
-    assert same({"code": "007"}, {"code": "007"}) and not same({"code": "007"}, {"code": "7"})
-    assert same({"people": None}, {"people": "None"}) and not same({"code": "1e2"}, {"code": 100})
-    assert same({"people": "7"}, {"people": 7.0}) and same({"tags": "[1, 2]"}, {"tags": [1, 2]})
-    assert not same({"tags": [1, 2]}, {"tags": [2, 1]}) and not same({"people": True}, {"people": 1})
-
-
-def test_toolmind_parallel_calls_count_in_any_order():
-    target = tasks.comparable([("book", {"people": 1}), ("stop", {})], TOOLS)
-    text = '<tool_call>{"name": "stop", "arguments": {}}</tool_call><tool_call>{"name": "book", "arguments": {"people": 1}}</tool_call>'
-    assert TASKS["toolmind"].score({"tools": TOOLS, "target": target}, text) == 1
-
-
-def test_toolmind_reward_rises_with_what_is_right():
-    texts = ["nothing", '<tool_call>{"name": "stop"}</tool_call>', HERMES % '{"city": "Rome", "people": 9}',
-             HERMES % '{"city": "Oslo", "people": 9}', XML % ("Oslo", 2)]
-    rewards = [TASKS["toolmind"].reward(BOOK, text) for text in texts]
-    assert rewards == sorted(set(rewards)) and rewards[0] == 0 and rewards[-2] <= 0.5 and rewards[-1] == 1
 
 
 def test_toolmind_rows_as_irregular_as_they_come():
