@@ -49,10 +49,7 @@ def read_rows(path):
     try:
         if remote:
             from huggingface_hub import HfFileSystem
-            file = HfFileSystem().open(path, "rb")
-        else:
-            file = open(path, "rb")
-        with file:
+        with (HfFileSystem().open if remote else open)(path, "rb") as file:
             if suffix == ".parquet":
                 import pyarrow.parquet
                 for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
@@ -142,7 +139,7 @@ class Task:
 
         found = list(islice(self.divide(examples(), split, Path(source).stem), limit))
         read, others = rows.total(), rows.pop("", 0) - len(found)
-        why = "".join(f"; skipped {count}: {reason}" for reason, count in rows.most_common(5))
+        why = "".join(f"; skipped {count}: {reason}" for reason, count in rows.most_common())
         if not found:
             raise InputError(f"{'--data ' * bool(data)}{source}: it holds no example for the {split} split{why}.")
         print(f"{source}: used {len(found)} of {read} rows{f'; {others} are not of the {split} split' * bool(others)}{why}",
@@ -170,12 +167,16 @@ ANSWER_IS = re.compile(r"\banswer\b(?:[*_\s]*\n|[^\n:\uff1a=.?!\d]{0,20}?(?:\bis
 
 
 def answers(text):
-    """Yield what follows each "Answer:", "answer is", `\boxed{` or "####", last first: its line, or the next with a word."""
+    r"""Yield what follows each "Answer:", "answer is", "\boxed{" or "####", last first, without Markdown, LaTeX and currency:
+    the rest of its line, or else the next line with a word."""
     text = without_thought(text)
     end = len(text)
     for marker in reversed(list(ANSWER_IS.finditer(text))):
         tail, end = text[marker.end():min(end, marker.end() + 500)], marker.start()
-        yield from [line for line in tail.splitlines() if re.search(r"\w", line)][:1]
+        line = next((line for line in tail.splitlines() if re.search(r"\w", line)), "")
+        line = re.sub(r"\\(times|cdot|div)\b", "*", re.sub(r"\{,\}|\\[,!; ]", "", line))            # 1{,}080
+        line = re.sub(r"\\[td]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", line)
+        yield re.sub(r"(?<!\d)\*\*(?=\S)|(?<=\S)\*\*(?!\d)|\\[a-z]+|[\\{}$\u20ac\u00a3%`\"]", "", line)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -184,14 +185,11 @@ def answers(text):
 # Two numbers (18 or 20, 10-20, 5 dollars and 50 cents), sums not worked out, numbers in words and "not 18" are no answer.
 
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)])[-\u2212])?\s?\\?[$\u20ac\u00a3]?\s?(?P<minus>[-\u2212]?)"
-    r"(?P<whole>\d{1,3}(?:[,'\u2019_\u00a0\u2009\u202f]\d{3}|[ ]\d{3}(?![-/]))+(?!\d)|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)"   # 1,080 1,00,000
-    r"|\d{1,400}|(?=(?<![\w.])\.\d))(?P<decimals>\.\d{1,400})?(?:(?:\s(?P<top>\d{1,9}))?\s?/\s?(?P<below>[1-9]\d{,399}))?")
-SECOND = re.compile(                                            # what makes the number before it no answer
-    r"[\s$%})]*(?:[+*\u00d7\u00f7x/^]|[-\u2013]\s|\\(?:times|cdot|div)\b)\s*\(?\\?\$?\d"                # 9 * 2
-    r"|[.'\u2019_\u2013-]\$?\d|,\s*\$?\d|:(?!00)\d|\d|e[+-]?\d|\s?[\u00b2\u00b3\u00bc-\u00be]"          # 10-20, 1.5.2, 2 and a half
-    r"|[\s$%}),]*(?:[a-z]+,?\s+)?(?:and|or|to)\s+(?:maybe\s+)?\\?\$?\d"                                 # 18 or 20
-    r"|\s\d+(?!\S)|\s[a-z]+\s\d+\s(?:min|sec|cent|inch)", re.I)                                         # 2 hours 30 minutes
+    r"(?P<sign>(?<![\w)])[-\u2212]\s?)?(?P<whole>\d{1,3}(?:[,'\u2019_\u00a0\u2009\u202f]\d{3}|[ ]\d{3}(?![-/]))+(?!\d)"
+    r"|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d{1,400}|(?=(?<![\w.])\.\d))(?P<decimals>\.\d{1,400})?(?:\s?/\s?(?P<below>[1-9]\d{,399}))?")
+SECOND = re.compile(                                    # after a number: a sum, a range, another number
+    r"[\s)]*(?:[+*\u00d7\u00f7x/^]|[-\u2013]\s)\s*\(?\d|[.'\u2019:_\u2013-](?!00\b)\d|,\s*\d|\d|e[+-]?\d|\s?[\xb2\xb3\xbc-\xbe]|"
+    r"\s\d+(?:/\d|(?!\S))|\s[a-z]+\s\d+\s(?:min|sec|cent|inch)|[\s),]*(?:[a-z]+,?\s+)?(?:and|or|to)\s+(?:maybe\s+)?\d", re.I)
 
 
 def gsm8k_example(row):
@@ -209,20 +207,15 @@ def gsm8k_messages(example, image=True):
 def gsm8k_answer(example, text):
     """The last answer as a Fraction; None if there is none or it is no single number."""
     for line in answers(text):
-        line = re.sub(r"^[-*]\s+", "", line.strip(" *_:=$[("))                              # a list's bullet is no minus
-        line = re.sub(r"\\[td]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", re.sub(r"\{,\}|\\[,!; ]", "", line))
-        line = re.sub(r"(?<!\d)\*\*(?=\S)|(?<=\S)\*\*(?!\d)", "", line)                     # bold print
-        line = re.sub(r"(\d[^.;!?]*)[.;!?]\s.*", r"\1", re.sub(r"(?<=\w)\s+\([^()]*\)?", "", line))     # 18 (eggs). Check: 9
-        found = [match for part in reversed(re.split("[=\u2248]", line)) if (match := NUMBER.search(part))]
+        line = re.sub(r"(?<=\w)\s+\([^()]*\)?", "", re.sub(r"^[\s*_:]*-\s+", "", line))    # no bullet, no "18 (eggs)"
+        line = re.sub(r"(\d[^.;!?]*)[.;!?]\s.*", r"\1", line)                               # 18. Check: 9 * 2
+        found = [number for part in reversed(re.split("[=\u2248]", line)) if (number := NUMBER.search(part))]
         for n in found:
             if not SECOND.match(n.string, n.end()) and not re.search(r"\bnot\b|n't\b", n.string[:n.start()]):
-                value = Fraction((re.sub(r"\D", "", n["whole"]) or "0") + (n["decimals"] or ""))
-                if n["below"]:
-                    value = value + Fraction(int(n["top"]), int(n["below"])) if n["top"] else value / int(n["below"])
-                return -value if n["sign"] or n["minus"] else value
+                value = Fraction((re.sub(r"\D", "", n["whole"]) or "0") + (n["decimals"] or "")) / int(n["below"] or 1)
+                return -value if n["sign"] else value
         if found:
             return None
-    return None
 
 
 def gsm8k_reward(example, text):
@@ -244,6 +237,7 @@ LETTERS = re.compile(rf"(?<!\w)\(\s?[A-Da-d]\s?\)(?!-)|^\W*(?i:option|choice)?\W
                      rf"|(?:(?<=\b[A-D])|(?<=\b[A-D][)\]]))\s*(?:[,/&+]|or|and)+\s*{LETTER}")
 DENIED = re.compile(rf"(?:\b(?:not|neither|nor|unlike|than|instead of)|n't)\s+(?:option\s+)?{LETTER}"
                     rf"|{LETTER}\W*(?:is|are)\s(?:wrong|incorrect|not)\b")
+GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 BECAUSE = re.compile(r"[.;]\s|\b(?:because|since|as|while|whereas|which)\b")
 
 
@@ -254,9 +248,6 @@ def gpqa_example(row):
             "target": "ABCD"[order.index(0)]}
 
 
-GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-
-
 def gpqa_messages(example, image=True):
     choices = "\n".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", example["choices"]))
     return user_turn(f"{example['question']}\n\n{choices}\n\nEnd your response with: The correct answer is (X)", image), None
@@ -265,7 +256,7 @@ def gpqa_messages(example, image=True):
 def gpqa_answer(example, text):
     """The letter of the last answer; None if there is none or more than one."""
     for line in answers(text):
-        claim = BECAUSE.split(re.sub(r"\\[a-z]+\s*\{?|[*_$\"`{}]", "", line))[0]            # without LaTeX and Markdown
+        claim = BECAUSE.split(re.sub("[*_]", "", line))[0]
         kept = DENIED.sub("", claim)
         letters = {letter for found in LETTERS.findall(kept) for letter in re.findall(r"\b[A-D]\b", found.upper())}
         if letters or kept != claim:
@@ -282,16 +273,14 @@ def gpqa_reward(example, text):
 def gpqa_halves(examples, split, name):
     """Half of the records by their ids' hashes, so that 273 of gpqa_extended's 546 are held out, as in the paper.
 
-    The middle hash is known only from the whole file. gpqa_main and gpqa_diamond are parts of it, so of them only the records
-    whose hash is clear of any middle that 546 ids can have (0.5 +- 0.1 is 4.7 standard deviations) are on a side.
+    Only the whole file shows the middle hash. Of gpqa_main and gpqa_diamond, which are parts of it, a record is used if its
+    hash is clear of every middle that 546 ids may have: 0.5 +- 0.1 is 4.7 standard deviations.
     """
     if name not in ("gpqa_extended", "gpqa_main", "gpqa_diamond"):
         return examples
     examples = sorted(examples, key=lambda e: key_hash(e["key"]))
-    hashes = sorted({key_hash(e["key"]) for e in examples})
-    low = high = hashes[len(hashes) // 2] if hashes else 0
-    if name != "gpqa_extended":
-        low, high = 0.4 * 2**64, 0.6 * 2**64
+    hashes = sorted({key_hash(e["key"]) for e in examples}) or [0]
+    low, high = [hashes[len(hashes) // 2]] * 2 if name == "gpqa_extended" else (0.4 * 2**64, 0.6 * 2**64)
     return [e for e in examples if (key_hash(e["key"]) < low if split == "test" else key_hash(e["key"]) >= high)]
 
 
@@ -329,12 +318,9 @@ def tool_schema(tool):
 
 
 def calls_of(turn):
-    """The calls [(name, arguments)] of a conversation's turn; no arguments are {}."""
+    """The calls [(name, arguments)] of a conversation's turn; no arguments are {}. ValueError if they are no object."""
     functions = [call.get("function") or call for call in parsed(turn.get("tool_calls")) or []]
-    calls = [(f["name"], parsed(f.get("arguments")) or {}) for f in functions]
-    if not all(isinstance(arguments, dict) for _, arguments in calls):
-        raise TypeError("a call's arguments are no object")
-    return calls
+    return [(f["name"], dict(parsed(f.get("arguments")) or {})) for f in functions]
 
 
 def toolmind_example(row):

@@ -42,13 +42,13 @@ GSM8K = {
     50: ["Answer: 50%", "Answer: 50 %", "\\boxed{50\\%}", "Answer: 50 percent"],
     5: ["Answer: 5.0", "Answer: 5.", "Answer: 5:00 PM", "Answer: 5 100-dollar bills", "Answer: 5th", "Answer: 5-dollar bills"],
     Fraction(1, 2): ["Answer: 1/2", "Answer: \\frac{1}{2}", "Answer: .5", "Answer: 0.50", "Answer: $\\dfrac{1}{2}$"],
-    Fraction(5, 2): ["Answer: 2 1/2", "Answer: 2\\frac{1}{2}", "Answer: 5/2 hours"],
+    Fraction(5, 2): ["Answer: 5/2 hours", "Answer: 2.5"],
     None: ["", "18", "About 18, I think.", "Answer:", "Answer: seven", "Answer: eighteen", "Answer: <number>", "The answers are 18",
            "<think>Answer: 18", "The answer isn't 18", "The answer is not 18", "The answer is definitely not 18.",
            "Answer: 9 * 2", "Answer: 18 + 2", "Answer: 3 * (2 + 4)", "Answer: 18 x 2", "Answer: 18 \\times 2", "Answer: 18^2", "Answer: 18\u00b2",
            "Answer: 18 or 20", "Answer: **18** or **20**", "Answer: 18, 20", "Answer: 18 20", "Answer: 18 and 20", "Answer: 18-20",
            "Answer: 18 - 20", "Answer: 18\u201320", "Answer: 18 to 20 dollars", "Answer: $18 or maybe $20", "Answer: between 18 and 20",
-           "Answer: 18 dollars and 50 cents", "Answer: 18 hours 30 minutes", "Answer: 18:30", "Answer: 18\u00bd", "Answer: 18,5",
+           "Answer: 18 dollars and 50 cents", "Answer: 18 hours 30 minutes", "Answer: 18:30", "Answer: 18\u00bd", "Answer: 18 1/2", "Answer: 18\\frac{1}{2}", "Answer: 18,5",
            "Answer: 18.080.000", "Answer: 18e3", "Answer: 18/0"],
 }
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import re
+import string
 
 import numpy as np
 import pyarrow
@@ -58,31 +60,84 @@ def test_the_tiny_test_questions_are_in_no_other_file(task):
     assert not keys["test"] & (keys["train"] | keys["validation"]) and not keys["train"] & keys["validation"]
 
 
-def test_gpqa_is_divided_by_ids_whatever_the_order_of_rows(tmp_path):
-    with open(data("gpqa", "train")) as file:
-        rows = list(csv.DictReader(file))
-    halves = []
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader(), writer.writerows(rows)
+    return str(path)
+
+
+def gpqa_rows(count):
+    """As many records as the real file has, with ids of its form."""
+    rng = random.Random(0)
+    return [{"Record ID": "rec" + "".join(rng.choices(string.ascii_letters + string.digits, k=14)), "Question": f"Question {i}?",
+             "Correct Answer": "right", **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}} for i in range(count)]
+
+
+def test_gpqa_is_divided_by_ids_into_273_and_273_whatever_the_order_of_rows(tmp_path):
+    rows, halves = gpqa_rows(546), []
     for order in rows, random.Random(0).sample(rows, len(rows)):
-        with open(tmp_path / "gpqa_extended.csv", "w") as file:           # the hub's own name: a copy of the benchmark
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader(), writer.writerows(order)
-        halves.append([TASKS["gpqa"].load(split, str(tmp_path / "gpqa_extended.csv")) for split in ("train", "test")])
+        path = write_csv(tmp_path / "gpqa_extended.csv", order)           # the hub's own name: a copy of the benchmark
+        halves.append([TASKS["gpqa"].load(split, path) for split in ("train", "test")])
     assert halves[0] == halves[1]
     train, test = ({e["key"] for e in half} for half in halves[0])
-    assert len(train) == len(test) == 200 and not train & test
+    assert len(train) == len(test) == 273 and not train & test
     positions = np.bincount(["ABCD".index(e["target"]) for e in halves[0][0] + halves[0][1]])
-    assert positions.min() > 60                                           # the right choice stands everywhere
+    assert positions.min() > 100                                          # the right choice stands everywhere
+
+
+@pytest.mark.parametrize("name, count", [("gpqa_main", 448), ("gpqa_diamond", 198)])
+def test_gpqas_smaller_files_do_not_mix_what_the_whole_one_divides(tmp_path, capsys, name, count):
+    whole, part = gpqa_rows(546), gpqa_rows(546)[:count]
+    keys = {}
+    for rows, file in (whole, "gpqa_extended"), (part, name):
+        path = write_csv(tmp_path / f"{file}.csv", rows)
+        keys[file] = [{e["key"] for e in TASKS["gpqa"].load(split, path)} for split in ("train", "test")]
+    assert keys[name][0] <= keys["gpqa_extended"][0] and keys[name][1] <= keys["gpqa_extended"][1]
+    assert min(map(len, keys[name])) > 0.3 * count
+    assert f"used {len(keys[name][1])} of {count} rows; {count - len(keys[name][1])} are not of the test split" in capsys.readouterr().err
+    assert len(TASKS["gpqa"].load("test", write_csv(tmp_path / "mine.csv", part))) == count        # another name: used whole
+
+
+def toolmind_row(question, tools=({"function": {"name": "stop"}},), **target):
+    target = target or {"tool_calls": [{"function": {"name": "stop", "arguments": None}}]}
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": "", **target}],
+            "tools": tools and list(tools)}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def test_toolmind_conversations_stay_on_one_side(tmp_path):
-    with open(data("toolmind", "train")) as file:
-        row = json.loads(next(file))
-    with open(tmp_path / "graphsyn.jsonl", "w") as file:
-        for i in range(2000):
-            row["conversations"][0]["content"] = f"question {i // 2}"
-            file.write(json.dumps(row) + "\n")
-    train, test = ([e["key"] for e in TASKS["toolmind"].load(s, str(tmp_path / "graphsyn.jsonl"))] for s in ("train", "test"))
+    path = write_jsonl(tmp_path / "graphsyn.jsonl", [toolmind_row(f"question {i // 2}") for i in range(2000)])
+    train, test = ([e["key"] for e in TASKS["toolmind"].load(s, path)] for s in ("train", "test"))
     assert len(train) + len(test) == 2000 and not set(train) & set(test) and 4 <= len(test) <= 50
+
+
+def test_toolmind_scores_the_same_2000_rows_whatever_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "key_hash", lambda text: hash("x" + text) // 100 * 100)              # all are held out
+    rows, kept = [toolmind_row(f"question {i}") for i in range(2500)], []
+    for order in rows, rows[::-1]:
+        kept.append([e["key"] for e in TASKS["toolmind"].load("test", write_jsonl(tmp_path / "graphsyn.jsonl", order))])
+    assert len(kept[0]) == 2000 and kept[0] == kept[1]
+
+
+def test_nothing_is_dropped_silently(tmp_path, capsys):
+    call = {"function": {"name": "stop", "arguments": "no object"}}
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        toolmind_row("a"), toolmind_row("b", tools=None), toolmind_row("c", tools=()), toolmind_row("d", tool_calls=[call]),
+        toolmind_row("e", tool_calls=None), toolmind_row("f", tool_calls=[]), {"conversations": [], "tools": []}, "text",
+        {"conversations": [{"role": "system", "content": "x"}] * 2 + toolmind_row("g")["conversations"], "tools": [{"name": "stop"}]},
+        {"conversations": toolmind_row("h")["conversations"][1:], "tools": [{"name": "stop"}]}, toolmind_row("i")])
+    assert [e["key"] for e in TASKS["toolmind"].load("test", path)] == ["a", "i"]
+    said = capsys.readouterr().err
+    assert f"{path}: used 2 of 11 rows; skipped 2: a row lacks tools (it has conversations, tools)" in said
+    assert "skipped 1: a row lacks conversations, tools" in said and "skipped 1: a row lacks conversations, tools (it has no columns but a str)" in said
+    assert "skipped 2: the target makes no tool call" in said and "skipped 1: a row is not in this task's schema (ValueError" in said
+    assert "skipped 2: no user's turn, a late system message or an unknown role" in said
+    assert 2 + sum(map(int, re.findall(r"skipped (\d+):", said))) == 11 and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -92,9 +147,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, suffix):
     if suffix == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif suffix == "csv":
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader(), writer.writerows(rows)
+        write_csv(path, rows)
     else:
         path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(r) + "\n" for r in rows))
     examples = TASKS["gsm8k"].load("test", str(path))
@@ -132,14 +185,19 @@ def test_bootstrap_interval_is_the_binomials_and_does_not_change():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not at hand")
-def test_the_real_rows_load():
-    assert len(TASKS["gsm8k"].load("test", str(SHARED / "gsm8k" / "test.jsonl"))) == 1319
-    assert len(TASKS["gsm8k"].load("train", str(SHARED / "gsm8k" / "train.jsonl"))) == 7473
-    examples = TASKS["toolmind"].load("train", str(SHARED / "toolmind_sample" / "graphsyn_first4.jsonl"))
-    assert len(examples) == 4 and all("<think>" not in str(e["messages"]) for e in examples)
+def test_the_real_rows_load(capsys):
+    train, test = (TASKS["gsm8k"].load(split, str(SHARED / "gsm8k" / f"{split}.jsonl")) for split in ("train", "test"))
+    assert len(train) == 7473 and len(test) == 1319 and not {e["key"] for e in train} & {e["key"] for e in test}
+    for name in "graphsyn_first4.jsonl", "sample_raw.json":
+        examples = TASKS["toolmind"].load("train", str(SHARED / "toolmind_sample" / name))
+        assert len(examples) == 4 and all("<think>" not in str(e["messages"]) for e in examples)
+    said = capsys.readouterr().err
+    assert "used 7473 of 7473 rows\n" in said and "used 1319 of 1319 rows\n" in said and "skipped" not in said
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not at hand")
-def test_the_reference_solutions_of_gsm8k_score_one():
-    rows = list(tasks.read_rows(str(SHARED / "gsm8k" / "test.jsonl")))
-    assert all(TASKS["gsm8k"].score(tasks.gsm8k_example(row), row["answer"]) == 1 for row in rows)
+@pytest.mark.parametrize("ending", ["#### {}", "**Answer:** {}", "Answer: ${}.", "Answer:\n\n\\boxed{{{}}}", "The answer is {} dollars, as 1 + 1 = {}."])
+def test_the_reference_solutions_of_gsm8k_score_one_however_they_end(ending):
+    for row in tasks.read_rows(str(SHARED / "gsm8k" / "test.jsonl")):
+        solution, number = row["answer"].split("#### ")
+        assert TASKS["gsm8k"].score(tasks.gsm8k_example(row), solution + ending.format(number, number)) == 1
