@@ -162,8 +162,8 @@ def without_thought(text):
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-ANSWER_IS = re.compile(r"\banswer\b(?:[*_\s]*\n|[^\n:\uff1a=.?!\d]{0,20}?(?:\bis\b|[:\uff1a=]))|\\boxed\s*\{|####(?=\s*[-$\d.])",
-                       re.I)
+ANSWER_IS = re.compile(r"\b(?:answer|correct (?:option|choice))\b(?:[*_\s]*\n|[^\n:\uff1a=.?!\d]{0,20}?(?:\bis\b|[:\uff1a=]))"
+                       r"|\\boxed\s*\{|####(?=\s*[-$\d.])", re.I)
 
 
 def answers(text):
@@ -189,7 +189,7 @@ NUMBER = re.compile(
     r"|\d{1,2}(?:,\d\d)+,\d{3}(?!\d)|\d{1,400}|(?=(?<![\w.])\.\d))(?P<decimals>\.\d{1,400})?(?:\s?/\s?(?P<below>[1-9]\d{,399}))?")
 SECOND = re.compile(                                    # after a number: a sum, a range, another number
     r"[\s)]*(?:[+*\u00d7\u00f7x/^]|[-\u2013]\s)\s*\(?\d|[.'\u2019:_\u2013-](?!00\b)\d|,\s*\d|\d|e[+-]?\d|\s?[\xb2\xb3\xbc-\xbe]|"
-    r"\s\d+(?:/\d|(?!\S))|\s[a-z]+\s\d+\s(?:min|sec|cent|inch)|[\s),]*(?:[a-z]+,?\s+)?(?:and|or|to)\s+(?:maybe\s+)?\d", re.I)
+    r"\s\d+(?:/\d|(?!\S))|\s[a-z]+,?\s\d+\s(?:min|sec|cent|inch)|[\s),]*(?:[a-z]+,?\s+)?(?:and|or|to)\s+(?:maybe\s+)?\d", re.I)
 
 
 def gsm8k_example(row):
@@ -207,7 +207,7 @@ def gsm8k_messages(example, image=True):
 def gsm8k_answer(example, text):
     """The last answer as a Fraction; None if there is none or it is no single number."""
     for line in answers(text):
-        line = re.sub(r"(?<=\w)\s+\([^()]*\)?", "", re.sub(r"^[\s*_:]*-\s+", "", line))    # no bullet, no "18 (eggs)"
+        line = re.sub(r"(\d(?:[^()]*\w)?)\s+\([^()]*\)?", r"\1", re.sub(r"^[\s*_:]*-\s+", "", line))   # no bullet, no "18 (eggs)"
         line = re.sub(r"(\d[^.;!?]*)[.;!?]\s.*", r"\1", line)                               # 18. Check: 9 * 2
         found = [number for part in reversed(re.split("[=\u2248]", line)) if (number := NUMBER.search(part))]
         for n in found:
@@ -234,7 +234,7 @@ def gsm8k_reward(example, text):
 
 LETTER = r"(?:[(\[]\s?[A-Da-d]\s?[)\]](?!-)|(?:A(?!\s[a-z])|[B-D])\b(?![-+=^(\u2013\u2019\u2212\u2261]\w))"
 LETTERS = re.compile(rf"(?<!\w)\(\s?[A-Da-d]\s?\)(?!-)|^\W*(?i:option|choice)?\W*{LETTER}|^\W*[a-d]\W*$"
-                     rf"|(?:(?<=\b[A-D])|(?<=\b[A-D][)\]]))\s*(?:[,/&+]|or|and)+\s*{LETTER}")
+                     rf"|(?:(?<=\b[A-D])|(?<=\b[A-D][)\]]))\s*(?:[,/&+]|or|and)+\s*(?:maybe\s)?{LETTER}")
 DENIED = re.compile(rf"(?:\b(?:not|neither|nor|unlike|than|instead of)|n't)\s+(?:option\s+)?{LETTER}"
                     rf"|{LETTER}\W*(?:is|are)\s(?:wrong|incorrect|not)\b")
 GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
