@@ -1,9 +1,10 @@
-"""The three tasks: data in the benchmarks' own schemas, splits, prompts, scores and rewards."""
+"""The three tasks: data in the benchmarks' own schemas, splits and prompts."""
 
 import csv
 import json
 import random
-from fractions import Fraction
+import re
+import string
 
 import numpy as np
 import pyarrow
@@ -15,96 +16,6 @@ from conftest import ROOT, data
 from eval import TASKS, InputError
 
 SHARED = ROOT.parent / "shared" / "data"                        # real rows, where they are at hand
-
-
-@pytest.mark.parametrize("text, value", [
-    ("16 - 3 - 4 = 9\n9 * 2 = 18\nAnswer: 18", 18), ("**Answer:** 18", 18), ("**Answer**: 18 dollars", 18),
-    ("Answer: \\boxed{18}", 18), ("so it is \\boxed{18}.", 18), ("#### 18", 18), ("Answer: $1,080.", 1080),
-    ("Answer: \\$1,080", 1080), ("Answer: -$7", -7), ("Answer: $-7", -7), ("Answer: \u22127", -7), ("Answer: 5.0", 5),
-    ("Answer: 18\n2 eggs are left over", 18), ("Answer:\n\n18", 18), ("Answer: 9 * 2 = 18", 18), ("Answer: 1/2", Fraction(1, 2)),
-    ("Answer: \\frac{1}{2}", Fraction(1, 2)), ("Answer: 50%", 50), ("The final answer is 18.", 18), ("answer is: 18", 18),
-    ("Answer: 3\nNo. Answer: 4", 4), ("Answer: **18**", 18), ("Answer: <18>", 18), ("Answer: .5", Fraction(1, 2)),
-    ("<think>Answer: 3</think>Answer: 4", 4), ("Answer: 18\n</think>", 18), ("Answer: 18\n\nI hope this answer is helpful!", 18),
-    ("Answer: 18\n\n#### Explanation", 18), ("Answer: 18 (= 9 * 2)", 18), ("Answer: 18 (profit = 200 - 182)", 18),
-    ("Answer:\n- 18 dollars", 18), ("Answer: Rs.500", 500), ("Answer: 1\\,080", 1080), ("**Final Answer**\n\n18", 18),
-    ("Answer\uff1a18", 18), ("Answer (in dollars): 18", 18), ("Answer:\r\n18", 18), ("Answer: 5 100-dollar bills", 5), ("Answer: 1{,}080", 1080), ("Answer: 1 080", 1080),
-    # no readable answer
-    ("About 18, I think.", None), ("18", None), ("Answer: seven", None), ("Answer:", None), ("", None),
-    ("<think>Answer: 18", None), ("The answers are 18", None), ("Answer: 9 * 2", None), ("Answer: 18 + 2", None),
-    ("Answer: 1 1/2", None), ("Answer: <number>", None),
-])
-def test_gsm8k_reads_what_models_write(text, value):
-    assert tasks.gsm8k_answer(None, text) == value
-    assert TASKS["gsm8k"].score({"target": Fraction(18)}, text) == float(value == 18)
-
-
-def test_gsm8k_reward_is_shaped_and_only_a_right_answer_earns_one():
-    reward = lambda text: TASKS["gsm8k"].reward({"target": Fraction(200)}, text)                         # noqa: E731
-    assert [reward(t) for t in ("Answer: 200", "Answer: 201", "Answer: 215", "Answer: 9", "200", "many")] == [
-        1.0, 0.4, 0.2, 0.1, 0.01, 0.0]
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("The correct answer is (B)", "B"), ("The correct answer is (b).", "B"), ("**The correct answer is (B)**", "B"),
-    ("The correct answer is **B**", "B"), ("Answer: B", "B"), ("answer is: \\boxed{B}", "B"), ("Answer: B. copper", "B"),
-    ("(A) looks right, but the correct answer is (B)", "B"), ("The answer is A. No: the answer is B.", "B"),
-    ("The correct answer is: $\\boxed{\\text{B}}$", "B"), ("The correct answer is option (B)", "B"), ("answer is: \"B\"", "B"),
-    ("The correct answer is [B]", "B"), ("Answer: B because it is", "B"), ("The correct answer is ( B )", "B"), ("answer: \\boxed{\\mathrm{B}}", "B"),
-    ("Perhaps copper.", None), ("The correct answer is (A) or (B)", None), ("The answer is a difficult one", None),
-    ("The correct answer is Brass", None), ("<think>The correct answer is (B)", None), ("", None), ("(B)(E)", None),
-    ("The correct answer is D-glucose", None), ("The answer is A photon", None), ("The correct answer is (A)(B)(C)(D)", None),
-    ("The correct answer is (A) or maybe (B)", None), ("The correct answer is (A) is incorrect", None), ("answer is" + "*" * 100_000, None),
-])
-def test_gpqa_reads_what_models_write(text, letter):
-    assert tasks.gpqa_answer(None, text) == letter
-    assert TASKS["gpqa"].reward({"target": "B"}, text) == {"B": 1.0, None: 0.0}.get(letter, 0.1)
-
-
-TOOLS = [tasks.tool_schema(t) for t in (
-    {"function": {"name": "book", "parameters": {"type": "object", "properties": {
-        "city": {"type": "string"}, "people": {"type": "integer"}, "tags": {"type": "array"}, "code": {"type": "string"}}}}},
-    {"function": {"name": "stop", "parameters": {}}})]
-BOOK = {"tools": TOOLS, "target": tasks.comparable([("book", {"city": "Oslo", "people": 2})], TOOLS)}
-HERMES = '<tool_call>\n{"name": "book", "arguments": %s}\n</tool_call>'
-XML = "<tool_call>\n<function=book>\n<parameter=city>\n%s\n</parameter>\n<parameter=people>\n%s\n</parameter>\n</function>\n</tool_call>"
-
-
-@pytest.mark.parametrize("text, score", [
-    (XML % ("Oslo", 2), 1), (HERMES % '{"city": "Oslo", "people": 2}', 1), (HERMES % '{"people": 2.0, "city": "Oslo"}', 1),
-    (HERMES % '{"city": "Oslo", "people": "2"}', 1), ("Let me see.\n" + XML % ("Oslo", 2) + "\nDone.", 1),
-    (HERMES % '"{\\"city\\": \\"Oslo\\", \\"people\\": 2}"', 1), ("<think>\nOslo?\n</think>\n" + XML % ("Oslo", 2), 1),
-    (XML % ("oslo", 2), 0), (XML % ("Oslo", 3), 0), (HERMES % '{"city": "Oslo"}', 0), (HERMES % '{"city": "Oslo", "people": [2]}', 0),
-    (HERMES % '{"city": "Oslo", "people": 2, "code": "x"}', 0), (2 * (XML % ("Oslo", 2)), 0),
-    ('<tool_call>\n{"name": "book", "arguments": {"city": "Oslo"\n</tool_call>', 0), ("book(city='Oslo', people=2)", 0),
-    ((XML % ("Oslo", 2)).replace("</tool_call>", ""), 0), ((XML % ("Oslo", 2)).replace("</function>", ""), 0),
-    ('<tool_call>\n{"name": "book", "parameters": {"city": "Oslo", "people": 2}}\n</tool_call>', 0),
-    ('<tool_call>\n{"name": "book", "arguments": {"people": ' + "[" * 2000 + "\n</tool_call>", 0), (XML % ("Oslo", "[" * 600 + "]" * 600), 0),
-    ("<tool_call>book</tool_call>", 0), ("I can help you with that.", 0), ("", 0),
-])
-def test_toolmind_wants_exactly_the_call_in_either_dialect(text, score):
-    assert TASKS["toolmind"].score(BOOK, text) == score
-    assert (TASKS["toolmind"].reward(BOOK, text) == 1) == (score == 1)
-
-
-def test_toolmind_arguments_are_judged_by_the_tools_schema():
-    same = lambda a, b: tasks.comparable([("book", a)], TOOLS) == tasks.comparable([("book", b)], TOOLS)    # noqa: E731
-    assert same({"code": "007"}, {"code": "007"}) and not same({"code": "007"}, {"code": "7"})
-    assert same({"people": None}, {"people": "None"}) and not same({"code": "1e2"}, {"code": 100})
-    assert same({"people": "7"}, {"people": 7.0}) and same({"tags": "[1, 2]"}, {"tags": [1, 2]})
-    assert not same({"tags": [1, 2]}, {"tags": [2, 1]}) and not same({"people": True}, {"people": 1})
-
-
-def test_toolmind_parallel_calls_count_in_any_order():
-    target = tasks.comparable([("book", {"people": 1}), ("stop", {})], TOOLS)
-    text = '<tool_call>{"name": "stop", "arguments": {}}</tool_call><tool_call>{"name": "book", "arguments": {"people": 1}}</tool_call>'
-    assert TASKS["toolmind"].score({"tools": TOOLS, "target": target}, text) == 1
-
-
-def test_toolmind_reward_rises_with_what_is_right():
-    texts = ["nothing", '<tool_call>{"name": "stop"}</tool_call>', HERMES % '{"city": "Rome", "people": 9}',
-             HERMES % '{"city": "Oslo", "people": 9}', XML % ("Oslo", 2)]
-    rewards = [TASKS["toolmind"].reward(BOOK, text) for text in texts]
-    assert rewards == sorted(set(rewards)) and rewards[0] == 0 and rewards[-2] <= 0.5 and rewards[-1] == 1
 
 
 def test_toolmind_rows_as_irregular_as_they_come():
@@ -149,31 +60,86 @@ def test_the_tiny_test_questions_are_in_no_other_file(task):
     assert not keys["test"] & (keys["train"] | keys["validation"]) and not keys["train"] & keys["validation"]
 
 
-def test_gpqa_is_divided_by_ids_whatever_the_order_of_rows(tmp_path):
-    with open(data("gpqa", "train")) as file:
-        rows = list(csv.DictReader(file))
-    halves = []
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader(), writer.writerows(rows)
+    return str(path)
+
+
+def gpqa_rows(count):
+    """As many records as the real file has, with ids of its form."""
+    rng = random.Random(0)
+    return [{"Record ID": "rec" + "".join(rng.choices(string.ascii_letters + string.digits, k=14)), "Question": f"Question {i}?",
+             "Correct Answer": "right", **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}} for i in range(count)]
+
+
+def test_gpqa_is_divided_by_ids_into_273_and_273_whatever_the_order_of_rows(tmp_path):
+    rows, halves = gpqa_rows(546), []
     for order in rows, random.Random(0).sample(rows, len(rows)):
-        with open(tmp_path / "gpqa_extended.csv", "w") as file:           # the hub's own name: a copy of the benchmark
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader(), writer.writerows(order)
-        halves.append([TASKS["gpqa"].load(split, str(tmp_path / "gpqa_extended.csv")) for split in ("train", "test")])
+        path = write_csv(tmp_path / "gpqa_extended.csv", order)           # the hub's own name: a copy of the benchmark
+        halves.append([TASKS["gpqa"].load(split, path) for split in ("train", "test")])
     assert halves[0] == halves[1]
     train, test = ({e["key"] for e in half} for half in halves[0])
-    assert len(train) == len(test) == 200 and not train & test
+    assert len(train) == len(test) == 273 and not train & test
     positions = np.bincount(["ABCD".index(e["target"]) for e in halves[0][0] + halves[0][1]])
-    assert positions.min() > 60                                           # the right choice stands everywhere
+    assert positions.min() > 100                                          # the right choice stands everywhere
+
+
+@pytest.mark.parametrize("name, count", [("gpqa_main", 448), ("gpqa_diamond", 198)])
+def test_gpqas_smaller_files_do_not_mix_what_the_whole_one_divides(tmp_path, capsys, name, count):
+    whole, part = gpqa_rows(546), gpqa_rows(546)[:count]
+    keys = {}
+    for rows, file in (whole, "gpqa_extended"), (part, name):
+        path = write_csv(tmp_path / f"{file}.csv", rows)
+        keys[file] = [{e["key"] for e in TASKS["gpqa"].load(split, path)} for split in ("train", "test")]
+    assert keys[name][0] <= keys["gpqa_extended"][0] and keys[name][1] <= keys["gpqa_extended"][1]
+    assert min(map(len, keys[name])) > 0.3 * count
+    used = len(keys[name][1])
+    assert f"used {used} of {count} rows; {count - used} are not of the test split" in capsys.readouterr().err
+    assert len(TASKS["gpqa"].load("test", write_csv(tmp_path / "mine.csv", part))) == count        # another name: used whole
+
+
+def toolmind_row(question, tools=({"function": {"name": "stop"}},), **target):
+    target = target or {"tool_calls": [{"function": {"name": "stop", "arguments": None}}]}
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": "", **target}],
+            "tools": tools and list(tools)}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def test_toolmind_conversations_stay_on_one_side(tmp_path):
-    with open(data("toolmind", "train")) as file:
-        row = json.loads(next(file))
-    with open(tmp_path / "graphsyn.jsonl", "w") as file:
-        for i in range(2000):
-            row["conversations"][0]["content"] = f"question {i // 2}"
-            file.write(json.dumps(row) + "\n")
-    train, test = ([e["key"] for e in TASKS["toolmind"].load(s, str(tmp_path / "graphsyn.jsonl"))] for s in ("train", "test"))
+    path = write_jsonl(tmp_path / "graphsyn.jsonl", [toolmind_row(f"question {i // 2}") for i in range(2000)])
+    train, test = ([e["key"] for e in TASKS["toolmind"].load(s, path)] for s in ("train", "test"))
     assert len(train) + len(test) == 2000 and not set(train) & set(test) and 4 <= len(test) <= 50
+
+
+def test_toolmind_scores_the_same_2000_rows_whatever_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "key_hash", lambda text: hash("x" + text) // 100 * 100)              # all are held out
+    rows, kept = [toolmind_row(f"question {i}") for i in range(2500)], []
+    for order in rows, rows[::-1]:
+        kept.append([e["key"] for e in TASKS["toolmind"].load("test", write_jsonl(tmp_path / "graphsyn.jsonl", order))])
+    assert len(kept[0]) == 2000 and kept[0] == kept[1]
+
+
+def test_nothing_is_dropped_silently(tmp_path, capsys):
+    turns, tools = toolmind_row("c")["conversations"], [{"name": "stop"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [
+        toolmind_row("a"), toolmind_row("d", tools=None), toolmind_row("e", tools=()), toolmind_row("f", tool_calls=None),
+        toolmind_row("g", tool_calls=[]), toolmind_row("h", tool_calls=[{"function": {"name": "stop", "arguments": "no object"}}]),
+        {"conversations": [{"role": "system", "content": "x"}] * 2 + turns, "tools": tools},
+        {"conversations": turns[1:], "tools": tools}, {"conversations": [], "tools": []}, "text", toolmind_row("b")])
+    assert [e["key"] for e in TASKS["toolmind"].load("test", path)] == ["a", "b"]
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path}: used 2 of 11 rows; skipped 2: a row lacks tools (it has conversations, tools)")
+    for reason in ("2: the target makes no tool call", "2: no user's turn, a late system message or an unknown role",
+                   "1: a row lacks conversations, tools (it has conversations, tools)", "1: a row is not in this task's schema (ValueError",
+                   "1: a row lacks conversations, tools (it has no columns but a str)"):
+        assert f"; skipped {reason}" in said
+    assert 2 + sum(map(int, re.findall(r"skipped (\d+):", said))) == 11 and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
@@ -183,9 +149,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, suffix):
     if suffix == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif suffix == "csv":
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader(), writer.writerows(rows)
+        write_csv(path, rows)
     else:
         path.write_text(json.dumps(rows) if suffix == "json" else "".join(json.dumps(r) + "\n" for r in rows))
     examples = TASKS["gsm8k"].load("test", str(path))
@@ -223,14 +187,20 @@ def test_bootstrap_interval_is_the_binomials_and_does_not_change():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not at hand")
-def test_the_real_rows_load():
-    assert len(TASKS["gsm8k"].load("test", str(SHARED / "gsm8k" / "test.jsonl"))) == 1319
-    assert len(TASKS["gsm8k"].load("train", str(SHARED / "gsm8k" / "train.jsonl"))) == 7473
-    examples = TASKS["toolmind"].load("train", str(SHARED / "toolmind_sample" / "graphsyn_first4.jsonl"))
-    assert len(examples) == 4 and all("<think>" not in str(e["messages"]) for e in examples)
+def test_the_real_rows_load(capsys):
+    train, test = (TASKS["gsm8k"].load(split, str(SHARED / "gsm8k" / f"{split}.jsonl")) for split in ("train", "test"))
+    assert len(train) == 7473 and len(test) == 1319 and not {e["key"] for e in train} & {e["key"] for e in test}
+    for name in "graphsyn_first4.jsonl", "sample_raw.json":
+        examples = TASKS["toolmind"].load("train", str(SHARED / "toolmind_sample" / name))
+        assert len(examples) == 4 and all("<think>" not in str(e["messages"]) for e in examples)
+    said = capsys.readouterr().err
+    assert "used 7473 of 7473 rows\n" in said and "used 1319 of 1319 rows\n" in said and "skipped" not in said
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not at hand")
-def test_the_reference_solutions_of_gsm8k_score_one():
-    rows = list(tasks.read_rows(str(SHARED / "gsm8k" / "test.jsonl")))
-    assert all(TASKS["gsm8k"].score(tasks.gsm8k_example(row), row["answer"]) == 1 for row in rows)
+@pytest.mark.parametrize("ending", ["#### {}", "**Answer:** {}", "Answer: ${}.", "Answer:\n\n\\boxed{{{}}}", "Answer: 1 + 1 = {}",
+                                    "The answer is {} dollars. Check: 1 + 1 = 2."])
+def test_the_reference_solutions_of_gsm8k_score_one_however_they_end(ending):
+    for row in tasks.read_rows(str(SHARED / "gsm8k" / "test.jsonl")):
+        solution, number = row["answer"].split("#### ")
+        assert TASKS["gsm8k"].score(tasks.gsm8k_example(row), solution + ending.format(number)) == 1
