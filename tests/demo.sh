@@ -13,5 +13,5 @@ rm -rf "$run"
     --steps 15 --prompts 8 --validate-every 5 --max-new-tokens 48 --max-model-len 512 --max-num-seqs 64
 echo
 .venv/bin/python eval.py none random seed.png "$run/best.png" --task "$task" --model tests/tiny \
-    --data "tests/tiny/$task/test.$kind"
+    --data "tests/tiny/$task/test.$kind" --baseline seed.png
 echo "the pictures: $run/best.png, and side by side with the seed: $run/panel.png"

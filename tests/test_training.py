@@ -202,15 +202,15 @@ def test_validation_is_a_part_of_training_that_shares_no_key():
     assert {e["key"] for e in again[1]} == {e["key"] for e in validation}
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "toolmind", pytest.param("gpqa", marks=pytest.mark.xfail(
-    strict=True, reason="the stand-in finds the right word of a multiple choice, but not yet its letter"))])
+@pytest.mark.parametrize("task", ["gsm8k", "toolmind", "gpqa"])
 def test_the_stand_in_does_each_task_unreliably(llm, processor, task):
-    """With no image, a random image or the seed it can do the task, but answers vaguely or wrongly most of the time."""
+    """With no image, a random image or the seed it does 25 to 60 % of each task (and a little that another CPU may add):
+    it can, but answers vaguely or wrongly as often as not."""
     examples = TASKS[task].load("test", data(task, "test"))
     seed = art.PixelLogits(art.load_seed(str(ROOT / "seed.png"), 256)).to_image()
     for arm in ("none", "random", seed):
         accuracy = np.mean([r["score"] for r in evaluate(llm, processor, TASKS[task], examples, arm, 64)])
-        assert 0.10 <= accuracy <= 0.65
+        assert 0.23 <= accuracy <= 0.62
 
 
 def test_the_stand_in_is_small():
