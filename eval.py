@@ -255,7 +255,7 @@ def gpqa_messages(example, image=True):
 def gpqa_answer(example, text):
     """The letter of the last answer; None if there is none or more than one."""
     for line in answers(text):
-        claim = re.split(r"[.;]\s|\b(?:because|since|as|while|whereas|which)\b", re.sub("[*_]", "", line))[0]
+        claim = re.split(r"[.;]\s|\b(?:because|since|(?<!well )as(?! well)|while|whereas|which)\b", re.sub("[*_]", "", line))[0]
         kept = DENIED.sub("", claim)                                # "not (A) but (B)"
         letters = {letter for found in LETTERS.findall(kept) for letter in re.findall(r"\b[A-D]\b", found.upper())}
         if letters or kept != claim:
@@ -413,7 +413,7 @@ def toolmind_reward(example, text):
 
 def toolmind_share(examples, split, name):
     """Conversations whose first user message hashes into 1 % are held out. Of them the 2,000 rows with the smallest hashes
-    are scored, as many as in the paper; for training, the file (2.3 GB) is read until there are 8,192 rows."""
+    are scored, as many as in the paper, so all of the file (2.3 GB) is read; for training, only until there are 8,192."""
     if name != "graphsyn":
         return examples
     examples = (e for e in examples if (key_hash(e["key"]) % 100 == 0) == (split == "test"))

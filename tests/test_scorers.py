@@ -145,9 +145,9 @@ GPQA = {
            "The correct answer is B or C", "The correct answer is B and C", "Answer: B/C", "Answer: A, B",
            "The correct answer is (B) copper or (C) iron", "The correct answer is (A)(B)(C)(D)",
            "The correct answer is (B) but could be (C)", "The correct answer is neither (A) nor (B)",
-           "The correct answer is not (B)", "The correct answer isn't (B)", "The correct answer is (A) is incorrect",
-           "The answer is (B). Wait: the answer is not (B).", "The answer is (B).\nOr rather, the answer is (A) or (B).",
-           "(B)(E)", "B or C", "(A) iron (B) copper"],
+           "The correct answer is not (B)", "The correct answer isn't (B)", "The correct answer is (B) as well as (C)",
+           "The correct answer is (A) is incorrect", "The answer is (B). Wait: the answer is not (B).",
+           "The answer is (B).\nOr rather, the answer is (A) or (B).", "(B)(E)", "B or C", "(A) iron (B) copper"],
 }
 
 
