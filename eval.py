@@ -245,7 +245,6 @@ LETTERS = re.compile(rf"(?<!\w)\(\s?[A-Da-d]\s?\)(?!-)|^\W*(?i:option|choice)?\W
 DENIED = re.compile(rf"(?:\b(?:not|neither|nor|unlike|than|instead of)|n't)\s+(?:option\s+)?{LETTER}"
                     rf"|{LETTER}\W*(?:is|are)\s(?:wrong|incorrect|not)\b")
 GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
-BECAUSE = re.compile(r"[.;]\s|\b(?:because|since|as|while|whereas|which)\b")
 
 
 def gpqa_example(row):
@@ -263,8 +262,8 @@ def gpqa_messages(example, image=True):
 def gpqa_answer(example, text):
     """The letter of the last answer; None if there is none or more than one."""
     for line in answers(text):
-        claim = BECAUSE.split(re.sub("[*_]", "", line))[0]
-        kept = DENIED.sub("", claim)
+        claim = re.split(r"[.;]\s|\b(?:because|since|(?<!well )as(?! well)|while|whereas|which)\b", re.sub("[*_]", "", line))[0]
+        kept = DENIED.sub("", claim)                                # "not (A) but (B)"
         letters = {letter for found in LETTERS.findall(kept) for letter in re.findall(r"\b[A-D]\b", found.upper())}
         if letters or kept != claim:
             return letters.pop() if len(letters) == 1 else None
@@ -306,7 +305,7 @@ def text_of(content):
 def parsed(value):
     """`value` if it is no string, else what it holds as JSON, else the string itself."""
     try:
-        return json.loads(value, parse_constant=str) if isinstance(value, str) else value       # NaN equals nothing
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         return value
 
@@ -361,8 +360,7 @@ def canonical(value, schema):
     for branch in schema.get("anyOf") or schema.get("oneOf") or ():
         if isinstance(branch, dict) and branch.get("type") != "null":
             return canonical(value, branch)
-    kinds = schema.get("type") if isinstance(schema.get("type"), list) else [schema.get("type")]
-    if value is not None and any(re.match(r"str(ing)?\b", str(kind), re.I) for kind in kinds):
+    if value not in (None, "None", "null") and re.match(r"(\[.*')?str(ing)?\b", str(schema.get("type")), re.I):   # or a list
         return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
     if isinstance(value, str):
         value = {"True": True, "False": False, "None": None}.get(value, parsed(value))
@@ -422,7 +420,7 @@ def toolmind_reward(example, text):
 
 def toolmind_share(examples, split, name):
     """Conversations whose first user message hashes into 1 % are held out. Of them the 2,000 rows with the smallest hashes
-    are scored, as many as in the paper; for training, the file (2.3 GB) is read until there are 8,192 rows."""
+    are scored, as many as in the paper, so all of the file (2.3 GB) is read; for training, only until there are 8,192."""
     if name != "graphsyn":
         return examples
     examples = (e for e in examples if (key_hash(e["key"]) % 100 == 0) == (split == "test"))

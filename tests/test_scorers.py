@@ -145,9 +145,9 @@ GPQA = {
            "The correct answer is B or C", "The correct answer is B and C", "Answer: B/C", "Answer: A, B",
            "The correct answer is (B) copper or (C) iron", "The correct answer is (A)(B)(C)(D)",
            "The correct answer is (B) but could be (C)", "The correct answer is neither (A) nor (B)",
-           "The correct answer is not (B)", "The correct answer isn't (B)", "The correct answer is (A) is incorrect",
-           "The answer is (B). Wait: the answer is not (B).", "The answer is (B).\nOr rather, the answer is (A) or (B).",
-           "(B)(E)", "B or C", "(A) iron (B) copper"],
+           "The correct answer is not (B)", "The correct answer isn't (B)", "The correct answer is (B) as well as (C)",
+           "The correct answer is (A) is incorrect", "The answer is (B). Wait: the answer is not (B).",
+           "The answer is (B).\nOr rather, the answer is (A) or (B).", "(B)(E)", "B or C", "(A) iron (B) copper"],
 }
 
 
@@ -186,6 +186,8 @@ TOOLS = [tasks.tool_schema(t) for t in (
     {"function": {"name": "book", "parameters": {"type": "object", "required": ["city"], "properties": {
         "city": {"type": "string"}, "people": {"type": "integer"}, "price": {"type": "number"}, "quiet": {"type": "boolean"},
         "tags": {"type": "array", "items": {"type": "string"}}, "code": {"type": "str, optional"}, "any": {},
+        "null": {"type": ["null", "string"]}, "list": {"type": "List[str]"},
+        "map": {"type": "object", "additionalProperties": {"type": "string"}},
         "maybe": {"anyOf": [{"type": "null"}, {"type": "string"}]}, "room": {"type": "object", "properties": {
             "floor": {"type": "integer"}, "door": {"type": "string"}}}}}}},
     {"function": {"name": "stop", "parameters": {}}})]
@@ -227,7 +229,7 @@ COMPLETIONS = {
             hermes({**OSLO, "code": "x"}), hermes({**OSLO, "maybe": None}), hermes({"City": "Oslo", "people": 2}),
             hermes('["Oslo", 2]'), hermes("null"), hermes("{}"), 2 * CALL, CALL + STOP, CALL + "<tool_call>", "<think>" + CALL,
             "<think>" + CALL + "</think>", CALL.replace("</tool_call>", ""), CALL.replace("</function>", ""),
-            CALL.replace("</parameter>\n</f", "</f"), CALL.replace("</f", "<parameter=city>\nRome\n</parameter>\n</f"),
+            CALL.replace("</parameter>\n</f", "</f"), CALL.replace("</f", "<parameter=city>\nOslo\n</parameter>\n</f"),
             hermes('{"city": "Oslo", "people": 2'), hermes("{'city': 'Oslo', 'people': 2}"),
             hermes('{"city": "Oslo", "people": 2,}'), hermes(OSLO).replace("arguments", "parameters"),
             hermes(OSLO).replace('{"name"', '[{"name"').replace("}}", "}}]"), hermes('{"people": ' + "[" * 2000),
@@ -243,6 +245,7 @@ def test_toolmind_wants_exactly_the_call_in_either_dialect(text, right):
 @pytest.mark.parametrize("name, reference, right, wrong", [
     ("code", "007", ["007"], ["7", 7]), ("code", "7", ["7", 7], [7.0, "7.0", "07"]), ("code", "1e2", ["1e2"], [100, "100"]),
     ("code", "true", ["true", True], ["True"]), ("code", "[1]", ["[1]", [1]], ["[1.0]"]), ("maybe", "5", ["5", 5], [5.0]),
+    ("null", "5", ["5", 5], [5.0, None]), ("null", None, [None], ["x", ""]), ("list", ["5"], [["5"], '["5"]'], ["5", []]),
     ("people", 7, [7, 7.0, "7", "7.0"], ["07", "seven", True, [7], "8"]),
     ("price", 1.0, [1, "1", 1.0, "1e0"], [1.01, "1,0", None]), ("price", 0.1, ["0.1", 0.10], [0.1000001, "10%"]),
     ("quiet", True, [True, "true", "True"], [1, "1", "yes", False]), ("quiet", False, [False, "false"], [0, None, ""]),
@@ -250,7 +253,8 @@ def test_toolmind_wants_exactly_the_call_in_either_dialect(text, right):
     ("tags", ["1"], [["1"], '["1"]', [1]], [["1.0"], "1"]), ("tags", [], [[], "[]"], [None, "", {}]),
     ("room", {"floor": 2, "door": "2"}, [{"door": "2", "floor": "2"}, '{"floor": 2.0, "door": "2"}'],
      [{"floor": 2}, {"floor": 2, "door": "2.0"}]),
-    ("any", 5, [5, "5", 5.0], ["five"]), ("any", None, [None, "null", "None"], ["", 0, False]), ("any", "NaN", ["NaN"], ["nan", None]),
+    ("map", {"a": "7"}, [{"a": "7"}, {"a": 7}, '{"a": "7"}'], [{"a": "7.0"}, {"b": "7"}]), ("any", "NaN", ["NaN"], ["nan", None]),
+    ("any", 5, [5, "5", 5.0], ["five"]), ("any", None, [None, "null", "None"], ["", 0, False]),
     ("any", {}, [{}, "{}"], [[], "", None]), ("unheard", "x", ["x"], ["y"]),
     ("any", [1, [2, {"x": [3]}]], ["[1, [2, {\"x\": [3]}]]", [1, [2.0, {"x": ["3"]}]]], [[1, 2, 3]]),
 ])
