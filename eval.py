@@ -112,7 +112,7 @@ class Task:
     messages(example)      -> (chat messages with the image first, tools or None)
     answer(example, text)  -> the answer read from a completion, comparable with `target`, or None if unreadable
     reward(example, text)  -> training reward in [0, 1], at most 0.5 for a wrong answer
-    divide(examples, split, name) -> the split's own examples of a file that the benchmark publishes undivided
+    divide(examples, split, name, limit) -> the split's own examples of a file that the benchmark publishes undivided
     """
     file: str                               # on the hub
     example: Callable
@@ -120,7 +120,7 @@ class Task:
     answer: Callable
     reward: Callable
     columns: tuple[str, ...]
-    divide: Callable = lambda examples, split, name: examples
+    divide: Callable = lambda examples, split, name, limit: examples
 
     def load(self, split, data=None, limit=None):
         """Examples of `split` ("train" or "test"), from the hub or from the file `data`. Raises InputError.
@@ -144,12 +144,12 @@ class Task:
                 if not isinstance(example, str):
                     yield example
 
-        found = list(islice(self.divide(examples(), split, Path(source).stem), limit))
+        found = list(islice(self.divide(examples(), split, Path(source).stem, limit), limit))
         read, others = rows.total(), rows.pop("", 0) - len(found)
         why = "".join(f"; skipped {count}: {reason}" for reason, count in rows.most_common())
         if not found:
             raise InputError(f"{'--data ' * bool(data)}{source}: it holds no example for the {split} split{why}.")
-        print(f"{source}: used {len(found)} of {read} rows{f'; {others} are not of the {split} split' * bool(others)}{why}",
+        print(f"{source}: used {len(found)} of {read} rows{f'; {others} are not of the {split} split or over its limit' * bool(others)}{why}",
               file=sys.stderr)
         return found
 
@@ -276,7 +276,7 @@ def gpqa_reward(example, text):
     return 1.0 if answer == example["target"] else 0.1 if answer else 0.0
 
 
-def gpqa_halves(examples, split, name):
+def gpqa_halves(examples, split, name, limit):
     """Half of the records by their ids' hashes, so that 273 of gpqa_extended's 546 are held out, as in the paper.
 
     Only the whole file shows the middle hash. Of gpqa_main and gpqa_diamond, which are parts of it, a record is used if its
@@ -418,13 +418,16 @@ def toolmind_reward(example, text):
     return 0.1 + (0.2 + 0.2 * overlap if right_tools else 0.0)
 
 
-def toolmind_share(examples, split, name):
+def toolmind_share(examples, split, name, limit):
     """Conversations whose first user message hashes into 1 % are held out. Of them the 2,000 rows with the smallest hashes
-    are scored, as many as in the paper, so all of the file (2.3 GB) is read; for training, only until there are 8,192."""
+    are scored, as many as in the paper, so all of the file (2.3 GB) is read; for training, only until there are 8,192, and
+    with a smaller `limit` only until it is reached."""
     if name != "graphsyn":
         return examples
     examples = (e for e in examples if (key_hash(e["key"]) % 100 == 0) == (split == "test"))
-    return islice(examples, 8192) if split == "train" else nsmallest(2000, examples, lambda e: key_hash(str(e["messages"])))
+    if split == "train" or limit and limit < 2000:
+        return islice(examples, 8192)
+    return nsmallest(2000, examples, lambda e: key_hash(str(e["messages"])))
 
 
 TASKS = {

@@ -1,7 +1,7 @@
 """Makes the tiny frozen model of the tests and of the demo, and its small data files. Not part of the method.
 
     python tests/tiny/make.py --data                  # train / validation / test files of the three tasks
-    python tests/tiny/make.py --train                 # pre-trains the model (about an hour and a half on 2 CPU cores)
+    python tests/tiny/make.py --train                 # pre-trains the model (about 45 minutes on 2 CPU cores)
 
 The model is a Qwen3.5 with 2 million parameters: gated delta net and full attention layers, vision tower, tied
 embeddings, the real processor classes. It can do each of three toy tasks (sums, categories, tool calls), but it does
@@ -9,8 +9,8 @@ not answer reliably: it answers well, vaguely or wrongly, as small models do. Wh
 question, and softly on what it is shown: each task leans on several attributes of the picture (`LEANS`), all of them
 continuous. Its pictures are coloured mosaics with shapes and noise; none is, or looks like, the seed.
 
-The weights beside this file went through the phases in `PHASES`, in several runs (--first, --init), between which the
-answers' wording, `LEANS` and the numbers' range were adjusted. A new run makes a model of the same kind, not the same one.
+The weights beside this file went through the phases in `PHASES`, the last three of them in runs of their own (--first,
+--init) with `LEANS` and `EASE` adjusted in between. A new run makes a model of the same kind, not the same one.
 """
 
 import argparse
