@@ -514,16 +514,26 @@ def prompt_text(processor, task, example, image=True):
                                          enable_thinking=False)
 
 
-def vllm_prompt(text, picture):
-    """vLLM's request for a rendered prompt with a PIL `picture`, or with none."""
-    return {"prompt": text, **({"multi_modal_data": {"image": picture}} if picture is not None else {})}
+# A chat template writes the special tokens itself: a second <bos>, which a chat server's prompt has not, must not be added.
+TEMPLATED = {"add_special_tokens": False}
+
+
+def generate(llm, prompts, pictures, params, progress=False):
+    """vLLM's outputs for rendered prompts, each with its PIL picture or None."""
+    requests = [{"prompt": prompt, **({"multi_modal_data": {"image": picture}} if picture is not None else {})}
+                for prompt, picture in zip(prompts, pictures, strict=True)]
+    return llm.generate(requests, params, use_tqdm=progress, tokenization_kwargs=TEMPLATED)
+
+
+def model_inputs(processor, text, image=None):
+    """The processor's tensors for a rendered prompt with an image (PIL, or float (3, H, W) in [0, 255]), or with none."""
+    return processor(text=[text], images=None if image is None else [image], return_tensors="pt", **TEMPLATED)
 
 
 def fitting(processor, task, examples, max_tokens, picture):
     """The examples whose prompt behind `picture` has at most `max_tokens` tokens; says how many were left out."""
     def tokens(example, picture=None):
-        text = prompt_text(processor, task, example, picture is not None)
-        return len(processor(text=[text], **({"images": [picture]} if picture else {}))["input_ids"][0])
+        return model_inputs(processor, prompt_text(processor, task, example, picture is not None), picture)["input_ids"].shape[1]
     image_tokens = tokens(examples[0], picture) - tokens(examples[0])
     kept = [e for e in examples if tokens(e) + image_tokens <= max_tokens]
     if len(kept) < len(examples):
@@ -541,12 +551,11 @@ def evaluate(llm, processor, task, examples, arm, max_new_tokens=512, presence_p
     """Greedy completions of `examples` behind `arm`: a PIL image, "none" or "random". Returns one dict an example:
     {text, tokens, score, readable, cut}."""
     from vllm import SamplingParams
-    pictures = (random_picture(size, rng, i) if arm == "random" else None if arm == "none" else arm
-                for i in range(len(examples)))
-    prompts = [vllm_prompt(prompt_text(processor, task, e, picture is not None), picture)
-               for e, picture in zip(examples, pictures)]
+    pictures = [random_picture(size, rng, i) if arm == "random" else None if arm == "none" else arm
+                for i in range(len(examples))]
+    prompts = [prompt_text(processor, task, e, arm != "none") for e in examples]
     params = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, presence_penalty=presence_penalty)
-    outputs = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=progress)]
+    outputs = [output.outputs[0] for output in generate(llm, prompts, pictures, params, progress)]
     return [{"text": o.text, "tokens": len(o.token_ids), "score": task.score(e, o.text),
              "readable": task.answer(e, o.text) is not None, "cut": o.finish_reason == "length"}
             for e, o in zip(examples, outputs, strict=True)]
