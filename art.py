@@ -22,6 +22,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -35,7 +36,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from eval import (TASKS, InputError, at_least, evaluate, exit_with, first_line, fitting, generate, hub_error, key_hash,
                   load_engine, load_processor, model_inputs, open_picture, prompt_text, random_picture, user_turn)
@@ -197,25 +198,44 @@ def token_logprobs(model, hidden, targets, chunk=512):
                       for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 
+# Cache layers that assign and never write in place, so that gradients pass through them.
+SHAREABLE = {DynamicLayer, DynamicSlidingWindowLayer, GraphLinearAttentionLayer}
+
+
 def completion_logprobs(model, prompt_inputs, features, ids, mask):
     """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt, with their graph to `features`.
 
     The completions share image and prompt, so that prefix runs once, its cache is repeated N times, the completions run
-    on it, and their gradients meet again in the prefix: P + N*T tokens instead of N*(P + T).
+    on it, and their gradients meet again in the prefix: P + N*T tokens instead of N*(P + T). A model whose cache has
+    other layers than SHAREABLE gets the plain way.
     """
     cache = DynamicCache(config=model.config.get_text_config())
     for layer in cache.layers:
         if type(layer) is LinearAttentionLayer:
             layer.__class__ = GraphLinearAttentionLayer
-    prefix = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        layer.batch_repeat_interleave(len(ids))
-    # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
-    # placeholder is an ordinary token, as it is to vLLM.
-    hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-    last = prefix.last_hidden_state[:, -1:].expand(len(ids), -1, -1)
-    hidden = torch.cat([last, hidden[:, :-1]], dim=1)                       # state t predicts token t: (N, T, hidden)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, token_logprobs(model, hidden[mask], ids[mask]))
+    if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in SHAREABLE}:
+        warnings.warn(f"no shared prefix for {', '.join(other)}: every completion runs with its prompt, which is slower")
+        hidden = torch.cat([plain_states(model, prompt_inputs, features, row[own]) for row, own in zip(ids, mask)])
+    else:
+        prefix = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.batch_repeat_interleave(len(ids))
+        # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
+        # placeholder is an ordinary token, as it is to vLLM.
+        hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        last = prefix.last_hidden_state[:, -1:].expand(len(ids), -1, -1)
+        hidden = torch.cat([last, hidden[:, :-1]], dim=1)[mask]             # state t predicts token t
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, token_logprobs(model, hidden, ids[mask]))
+
+
+def plain_states(model, prompt_inputs, features, ids):
+    """The states (T, hidden) that predict the completion `ids` (T,), run alone behind its prompt and without a cache."""
+    # A sampled image placeholder would be taken for one of the image's: it is read as token 0.
+    shape, read = prompt_inputs["input_ids"].shape, ids.masked_fill(ids == model.config.image_token_id, 0)
+    inputs = {k: torch.cat([v, (read if k == "input_ids" else torch.zeros_like(read))[None]], dim=1) if v.shape == shape else v
+              for k, v in prompt_inputs.items()}                            # token types of a completion are 0: text
+    hidden = model.base_model(**inputs, mm_encoder_outputs={"image": features}, use_cache=False).last_hidden_state
+    return hidden[0, shape[1] - 1:-1]
 
 
 def backward(model, processor, pixels, groups, advantages, old_logps=None, micro_batch=8, eps_low=0.2, eps_high=0.28,
