@@ -315,7 +315,14 @@ def load_model(name, device):
     except (OSError, ValueError) as error:
         raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)})."
                          ) if Path(name).exists() else hub_error(f"--model {name}", error) from error
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    seen = []                                           # what leaves the output matrix must be the logits: token_logprobs relies on it
+    hook = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logits = model(torch.tensor([[0, 1]], device=device)).logits
+    hook.remove()
+    if not torch.equal(logits.float(), seen[0].float()):
+        raise InputError(f"--model {name}: it scales or caps its logits after the output matrix, which token_logprobs does not.")
+    return model
 
 
 def split_validation(examples, count):
