@@ -304,8 +304,8 @@ def check_size(processor, size):
     if reason := obstacle(size):
         sides = sorted({*range(28, 1025, 28), *range(32, 1025, 32)}, key=lambda side: abs(side - size))     # pairs of patches
         works = sorted(islice((side for side in sides if obstacle(side) is None), 5))
-        raise InputError(f"--size {size}: the model's image processor {reason}; sizes that work near it: "
-                         f"{', '.join(map(str, works)) or 'none up to 1024, unless its options in processor_config.json are changed'}.")
+        shown = ", ".join(map(str, works)) or "none up to 1024, unless the options in its configuration file are changed"
+        raise InputError(f"--size {size}: the model's image processor {reason}; sizes that work near it: {shown}.")
 
 
 def load_model(name, device):
@@ -316,12 +316,12 @@ def load_model(name, device):
         raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)})."
                          ) if Path(name).exists() else hub_error(f"--model {name}", error) from error
     model = model.eval().requires_grad_(False).to(device)
-    seen = []                                           # what leaves the output matrix must be the logits: token_logprobs relies on it
-    hook = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output))
+    states = []                                         # token_logprobs relies on it that the output matrix makes the logits
+    hook = model.base_model.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
     logits = model(torch.tensor([[0, 1]], device=device)).logits
     hook.remove()
-    if not torch.equal(logits.float(), seen[0].float()):
-        raise InputError(f"--model {name}: it scales or caps its logits after the output matrix, which token_logprobs does not.")
+    if not torch.equal(logits.float(), model.get_output_embeddings()(states[0]).float()):
+        raise InputError(f"--model {name}: it scales or caps the logits of its output matrix, which token_logprobs does not.")
     return model
 
 
