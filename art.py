@@ -22,8 +22,9 @@ import os
 import random
 import sys
 import time
+import warnings
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, DynamicCache
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from eval import (TASKS, InputError, at_least, evaluate, exit_with, first_line, fitting, hub_error, key_hash,
-                  load_engine, load_processor, open_picture, prompt_text, random_picture,
-                  vllm_prompt)
+from eval import (TASKS, InputError, at_least, evaluate, exit_with, first_line, fitting, generate, hub_error, key_hash,
+                  load_engine, load_processor, model_inputs, open_picture, prompt_text, random_picture, user_turn)
 
 __version__ = "1.0"
 
@@ -116,12 +116,12 @@ def rollout(llm, prompts, image, group_size, max_new_tokens=512):
     """
     from vllm import SamplingParams
     params = SamplingParams(n=group_size, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0)
-    requests = [vllm_prompt(prompt, image) for prompt in prompts]
+    requests = generate(llm, prompts, [image] * len(prompts), params)
     return [[Completion(prompt, list(request.prompt_token_ids), list(o.token_ids),
                         [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)], o.text,
                         o.finish_reason == "length")
              for o in request.outputs]
-            for prompt, request in zip(prompts, llm.generate(requests, params, use_tqdm=False), strict=True)]
+            for prompt, request in zip(prompts, requests, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -189,13 +189,15 @@ class GraphLinearAttentionLayer(LinearAttentionLayer):
                 states[i] = None if state is None else state.repeat_interleave(repeats, dim=0)
 
 
-def encode_image(model, processor, image):
+def encode_image(model, processor, prompt, image):
     """Image features of a float (3, H, W) image in [0, 255], with its graph, as `mm_encoder_outputs` wants them.
 
-    The processor is the model's own; given a float tensor it is differentiable, and its values are those of the PNG.
+    The processor is the model's own; given a float tensor it is differentiable, and its values are those of the PNG. It is
+    called with a prompt, any, because some set the options of their image processor only then.
     """
-    inputs = processor.image_processor(images=image, return_tensors="pt").to(model.device)
-    return model.get_image_features(**inputs, return_dict=True)
+    inputs = model_inputs(processor, prompt, image).to(model.device)
+    return model.get_image_features(**{k: inputs[k] for k in processor.image_processor.model_input_names if k in inputs},
+                                    return_dict=True)
 
 
 def token_logprobs(model, hidden, targets, chunk=512):
@@ -207,25 +209,44 @@ def token_logprobs(model, hidden, targets, chunk=512):
                       for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 
+# Cache layers that assign and never write in place, so that gradients pass through them.
+SHAREABLE = {DynamicLayer, DynamicSlidingWindowLayer, GraphLinearAttentionLayer}
+
+
 def completion_logprobs(model, prompt_inputs, features, ids, mask):
     """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt, with their graph to `features`.
 
     The completions share image and prompt, so that prefix runs once, its cache is repeated N times, the completions run
-    on it, and their gradients meet again in the prefix: P + N*T tokens instead of N*(P + T).
+    on it, and their gradients meet again in the prefix: P + N*T tokens instead of N*(P + T). A model whose cache has
+    other layers than SHAREABLE gets the plain way.
     """
     cache = DynamicCache(config=model.config.get_text_config())
     for layer in cache.layers:
         if type(layer) is LinearAttentionLayer:
             layer.__class__ = GraphLinearAttentionLayer
-    prefix = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        layer.batch_repeat_interleave(len(ids))
-    # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
-    # placeholder is an ordinary token, as it is to vLLM.
-    hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-    last = prefix.last_hidden_state[:, -1:].expand(len(ids), -1, -1)
-    hidden = torch.cat([last, hidden[:, :-1]], dim=1)                       # state t predicts token t: (N, T, hidden)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, token_logprobs(model, hidden[mask], ids[mask]))
+    if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in SHAREABLE}:
+        warnings.warn(f"no shared prefix for {', '.join(other)}: every completion runs with its prompt, which is slower")
+        hidden = torch.cat([plain_states(model, prompt_inputs, features, row[own]) for row, own in zip(ids, mask)])
+    else:
+        prefix = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.batch_repeat_interleave(len(ids))
+        # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
+        # placeholder is an ordinary token, as it is to vLLM.
+        hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        last = prefix.last_hidden_state[:, -1:].expand(len(ids), -1, -1)
+        hidden = torch.cat([last, hidden[:, :-1]], dim=1)[mask]             # state t predicts token t
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, token_logprobs(model, hidden, ids[mask]))
+
+
+def plain_states(model, prompt_inputs, features, ids):
+    """The states (T, hidden) that predict the completion `ids` (T,), run alone behind its prompt and without a cache."""
+    # A sampled image placeholder would be taken for one of the image's: it is read as token 0.
+    shape, read = prompt_inputs["input_ids"].shape, ids.masked_fill(ids == model.config.image_token_id, 0)
+    inputs = {k: torch.cat([v, (read if k == "input_ids" else torch.zeros_like(read))[None]], dim=1) if v.shape == shape else v
+              for k, v in prompt_inputs.items()}                            # token types of a completion are 0: text
+    hidden = model.base_model(**inputs, mm_encoder_outputs={"image": features}, use_cache=False).last_hidden_state
+    return hidden[0, shape[1] - 1:-1]
 
 
 def backward(model, processor, pixels, groups, advantages, old_logps=None, micro_batch=8, eps_low=0.2, eps_high=0.28,
@@ -238,11 +259,11 @@ def backward(model, processor, pixels, groups, advantages, old_logps=None, micro
     """
     device = model.device
     picture, total_tokens = pixels.to_image(), sum(len(c.ids) for group in groups for c in group)
-    features, spec = tree_flatten(encode_image(model, processor, pixels()))
+    features, spec = tree_flatten(encode_image(model, processor, groups[0][0].prompt, pixels()))
     leaves = [f.detach().float().requires_grad_() if torch.is_tensor(f) and f.requires_grad else f for f in features]
     metrics, gaps, new_old_logps = {"loss": 0.0}, [], []
     for group, group_advantage in zip(groups, advantages):
-        inputs = processor(text=[group[0].prompt], images=[picture], return_tensors="pt").to(device)
+        inputs = model_inputs(processor, group[0].prompt, picture).to(device)
         if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
             raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
         inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "attention_mask")}
@@ -273,20 +294,29 @@ def backward(model, processor, pixels, groups, advantages, old_logps=None, micro
 # 7. The loop
 
 def check_size(processor, size):
-    """Raise InputError unless the processor takes a `size` x `size` picture as it is, equally as PNG and as tensor."""
-    def unchanged(side):
+    """Raise InputError unless the processor gives the same values for a `size` x `size` picture as PNG and as tensor.
+
+    It does if it takes the pixels as they are; what it resizes, it rounds in the PNG only.
+    """
+    text = processor.apply_chat_template(user_turn("", True), tokenize=False)
+
+    def obstacle(side):
         picture = random_picture(side, 0)
         pixels = PixelLogits(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-        run = lambda image, **kw: processor.image_processor(images=image, return_tensors="pt", **kw)["pixel_values"]  # noqa: E731
         try:
-            return torch.equal(run(picture), run(picture, do_resize=False)) and torch.equal(run(picture), run(pixels()))
-        except (ValueError, RuntimeError):                          # no whole number of patches
-            return False
-    if not unchanged(size):
-        works = [side for side in range(32, 1025, 16) if unchanged(side)]
-        shown = ", ".join(map(str, sorted(sorted(works, key=lambda s: abs(s - size))[:5]))) or "none up to 1024"
-        raise InputError(f"--size {size}: the model's image processor would resize it, and the pixels that are trained "
-                         f"would not be those that are deployed; sizes that work near it: {shown}.")
+            png, tensor = (model_inputs(processor, text, image)["pixel_values"] for image in (picture, pixels()))
+        except (ValueError, RuntimeError) as error:                 # no whole number of patches, or no tensors with a graph
+            return f"does not take it ({first_line(error)})"
+        if not tensor.requires_grad:
+            return "is not differentiable"
+        return None if torch.equal(png, tensor) else (
+            "would resize it, or a copy of it beside tiles, and the pixels that are trained would not be those that are deployed")
+
+    if reason := obstacle(size):
+        sides = sorted({*range(28, 1025, 28), *range(32, 1025, 32)}, key=lambda side: abs(side - size))     # pairs of patches
+        works = sorted(islice((side for side in sides if obstacle(side) is None), 5))
+        shown = ", ".join(map(str, works)) or "none up to 1024, unless the options in its configuration file are changed"
+        raise InputError(f"--size {size}: the model's image processor {reason}; sizes that work near it: {shown}.")
 
 
 def load_model(name, device):
@@ -296,7 +326,14 @@ def load_model(name, device):
     except (OSError, ValueError) as error:
         raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)})."
                          ) if Path(name).exists() else hub_error(f"--model {name}", error) from error
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False).to(device)
+    states = []                                         # token_logprobs relies on it that the output matrix makes the logits
+    hook = model.base_model.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
+    logits = model(torch.tensor([[0, 1]], device=device)).logits
+    hook.remove()
+    if not torch.equal(logits.float(), model.get_output_embeddings()(states[0]).float()):
+        raise InputError(f"--model {name}: it scales or caps the logits of its output matrix, which token_logprobs does not.")
+    return model
 
 
 def split_validation(examples, count):

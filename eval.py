@@ -543,16 +543,26 @@ def prompt_text(processor, task, example, image=True):
     return render(processor, *task.messages(example, image))
 
 
-def vllm_prompt(text, picture):
-    """vLLM's request for a rendered prompt with a PIL `picture`, or with none."""
-    return {"prompt": text, **({"multi_modal_data": {"image": picture}} if picture is not None else {})}
+# A chat template writes the special tokens itself: a second <bos>, which a chat server's prompt has not, must not be added.
+TEMPLATED = {"add_special_tokens": False}
+
+
+def generate(llm, prompts, pictures, params, progress=False):
+    """vLLM's outputs for rendered prompts, each with its PIL picture or None."""
+    requests = [{"prompt": prompt, **({"multi_modal_data": {"image": picture}} if picture is not None else {})}
+                for prompt, picture in zip(prompts, pictures, strict=True)]
+    return llm.generate(requests, params, use_tqdm=progress, tokenization_kwargs=TEMPLATED)
+
+
+def model_inputs(processor, text, image=None):
+    """The processor's tensors for a rendered prompt with an image (PIL, or float (3, H, W) in [0, 255]), or with none."""
+    return processor(text=[text], images=None if image is None else [image], return_tensors="pt", **TEMPLATED)
 
 
 def fitting(processor, task, examples, max_tokens, picture):
     """The examples whose prompt behind `picture` has at most `max_tokens` tokens; says how many were left out."""
     def tokens(example, picture=None):
-        text = prompt_text(processor, task, example, picture is not None)
-        return len(processor(text=[text], **({"images": [picture]} if picture else {}))["input_ids"][0])
+        return model_inputs(processor, prompt_text(processor, task, example, picture is not None), picture)["input_ids"].shape[1]
     image_tokens = tokens(examples[0], picture) - tokens(examples[0])
     kept = [e for e in examples if tokens(e) + image_tokens <= max_tokens]
     if len(kept) < len(examples):
@@ -601,9 +611,10 @@ def random_string(tokenizer, count, *seed):
 def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
     """Completions [(text, tokens, cut)] of each request by vLLM in this process, which gets all of them at once."""
     from vllm import SamplingParams
-    prompts = [vllm_prompt(render(processor, messages, tools), picture) for messages, tools, picture in requests]
+    messages, tools, pictures = zip(*requests)
+    prompts = [render(processor, *turn) for turn in zip(messages, tools)]
     return [[(o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]
-            for output in llm.generate(prompts, SamplingParams(**sampling), use_tqdm=progress)]
+            for output in generate(llm, prompts, pictures, SamplingParams(**sampling), progress)]
 
 
 def wire(message, picture):
