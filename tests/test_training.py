@@ -83,8 +83,11 @@ def test_the_clip_works_from_the_second_update(groups, model, processor, seed):
     assert second["mismatch"] == first["mismatch"]              # the gap to the engine is that of the policy it sampled
 
 
-def test_a_sampled_image_placeholder_is_an_ordinary_token(groups, model, processor, seed):
-    """A completion may contain the placeholder's id; only the prompt's placeholders take image features."""
+@pytest.mark.parametrize("shareable", [art.SHAREABLE, set()], ids=["shared prefix", "plain way"])
+@pytest.mark.filterwarnings("ignore:no shared prefix")
+def test_a_sampled_image_placeholder_is_an_ordinary_token(groups, model, processor, seed, shareable, monkeypatch):
+    """Only the prompt's placeholders take image features. (The plain way reads a sampled one as token 0.)"""
+    monkeypatch.setattr(art, "SHAREABLE", shareable)
     placeholder = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     odd = [art.Completion(c.prompt, c.prompt_ids, c.ids[:2] + [placeholder] + c.ids[2:], c.logps[:2] + [-9.0] + c.logps[2:], "", False)
            for c in groups[0][0][:2]]
