@@ -86,7 +86,7 @@ def measure(name, folder):
                  "--out", folder / "run", *common)
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
-        command_line("eval", tasks.main, "none", "random", folder / "run" / "last.png", "--size", size, "--limit", 4, *common)
+        command_line("eval", lambda: tasks.main(tasks.parse_args()), "none", "random", folder / "run" / "last.png", "--size", size, "--limit", 4, *common)
 
     model, logits, groups, advantages = step
     image_token = model.config.image_token_id           # transformers refuses one that was sampled, where it has no cache

@@ -161,6 +161,20 @@ def test_an_empty_completion_counts_for_nothing(groups, model, processor, seed):
     assert (with_it.logits.grad - without.logits.grad).norm() < 1e-5 * without.logits.grad.norm()
 
 
+@pytest.mark.parametrize("shareable", [art.SHAREABLE, set()], ids=["shared prefix", "plain way"])
+@pytest.mark.filterwarnings("ignore:no shared prefix")
+def test_a_sampled_image_placeholder_is_an_ordinary_token(groups, model, processor, seed, shareable, monkeypatch):
+    """Only the prompt's placeholders take image features. (The plain way reads a sampled one as token 0.)"""
+    monkeypatch.setattr(art, "SHAREABLE", shareable)
+    placeholder = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    odd = [art.Completion(c.prompt, c.prompt_ids, c.ids[:2] + [placeholder] + c.ids[2:], c.logps[:2] + [-9.0] + c.logps[2:], "", False)
+           for c in groups[0][0][:2]]
+    one_token = [art.Completion(c.prompt, c.prompt_ids, c.ids[:1], c.logps[:1], "", True) for c in groups[0][0][2:]]
+    pixels = art.PixelLogits(seed)
+    metrics, _ = art.backward(model, processor, pixels, [odd, one_token], groups[1][:, :2])
+    assert torch.isfinite(pixels.logits.grad).all() and metrics["loss"] != 0
+
+
 def test_the_policy_that_is_trained_is_the_png(llm, processor, questions, seed, tmp_path):
     """vLLM samples the same greedy completions for the saved file as for the image in memory."""
     pixels = art.PixelLogits(seed)
