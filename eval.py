@@ -149,8 +149,8 @@ class Task:
         why = "".join(f"; skipped {count}: {reason}" for reason, count in rows.most_common())
         if not found:
             raise InputError(f"{'--data ' * bool(data)}{source}: it holds no example for the {split} split{why}.")
-        print(f"{source}: used {len(found)} of {read} rows{f'; {others} are not of the {split} split or over its limit' * bool(others)}{why}",
-              file=sys.stderr)
+        rest = f"; {others} are not of the {split} split or over its limit" if others else ""
+        print(f"{source}: used {len(found)} of {read} rows{rest}{why}", file=sys.stderr)
         return found
 
     def score(self, example, text):
@@ -745,7 +745,8 @@ def exit_with(main):
 
 def score_arms(args, jobs):
     """Yield (task, arm's name, results) for `jobs`, [(task, name, arm)]: one engine, and all requests handed over at once."""
-    sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty, n=args.samples)
+    sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty,
+                    n=args.samples)
     examples = {name: TASKS[name].load("test", data, args.limit) for name, data in zip(args.task, args.data or repeat(None))}
     processor = load_processor(args.model)
     pictures = [arm for _, _, arm in jobs if isinstance(arm, Image.Image)] + [random_picture(args.size, 0)]
@@ -767,7 +768,7 @@ def parse_args():
     add = parser.add_argument
     add("arms", nargs="*", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
     add("--task", nargs="+", choices=TASKS, help="default: the one written in the first picture")
-    add("--model", help="hub name or folder (default: the server's, or what is written in the first picture, or Qwen/Qwen3.5-0.8B)")
+    add("--model", help="hub name or folder (default: the server's, or the one in the first picture, or Qwen/Qwen3.5-0.8B)")
     add("--data", nargs="+", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema, one for each task")
     add("--server", metavar="URL", help="score over an OpenAI-compatible server, for instance http://localhost:8000/v1")
     add("--out", help="JSON file that keeps every completion; arms that it holds are not run again")
@@ -792,7 +793,8 @@ def main(args):
                 for name, arm in arms.items() if isinstance(arm, Image.Image)}
     if args.info:
         for name in pictures:
-            print(f"{name}: {arms[name].width} x {arms[name].height}, {os.path.getsize(name)} bytes, {pictures[name]['bytes']} without notes")
+            print(f"{name}: {arms[name].width} x {arms[name].height}, {os.path.getsize(name)} bytes, "
+                  f"{pictures[name]['bytes']} of them pixels")
             for key, value in png_notes(name).items():
                 print(f"  {key}: {value}")
         return

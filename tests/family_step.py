@@ -35,7 +35,8 @@ def command_line(module, main, *arguments):
 
 
 def plain_gradient(model, processor, pixels, groups, advantages, weight_cap=2.0, causal=False):
-    """(gradient, mean gap to vLLM) the slow way: each sequence alone, pixels through the whole model, all logits, autograd."""
+    """(gradient, loss, mean gap to vLLM) the slow way: each sequence alone, pixels through the whole model, all logits,
+    autograd all through."""
     total, loss, gaps = sum(len(c.ids) for g in groups for c in g), 0.0, []
     for group, row in zip(groups, advantages):
         for completion, advantage in zip(group, row):
@@ -51,7 +52,7 @@ def plain_gradient(model, processor, pixels, groups, advantages, weight_cap=2.0,
             gaps.append(logp.detach() - torch.tensor(completion.logps))
             weight = gaps[-1].exp().clamp(max=weight_cap)
             loss = loss - (weight * advantage * (logp - logp.detach()).exp()).sum() / total
-    return torch.autograd.grad(loss, pixels.logits)[0], torch.cat(gaps).abs().mean().item()
+    return torch.autograd.grad(loss, pixels.logits)[0], loss.item(), torch.cat(gaps).abs().mean().item()
 
 
 def measure(name, folder):
@@ -86,7 +87,8 @@ def measure(name, folder):
                  "--out", folder / "run", *common)
     table = io.StringIO()
     with contextlib.redirect_stdout(table):
-        command_line("eval", lambda: tasks.main(tasks.parse_args()), "none", "random", folder / "run" / "last.png", "--size", size, "--limit", 4, *common)
+        command_line("eval", lambda: tasks.main(tasks.parse_args()), "none", "random", folder / "run" / "last.png",
+                     "--size", size, "--limit", 4, *common)
 
     model, logits, groups, advantages = step
     image_token = model.config.image_token_id           # transformers refuses one that was sampled, where it has no cache
@@ -104,14 +106,14 @@ def measure(name, folder):
         metrics, _ = backward(model, processor, pixels, groups, advantages)
         return pixels.logits.grad, metrics["mismatch"]
 
-    expected, _ = plain_gradient(model, processor, pixels_of(logits), groups, advantages)
+    expected, _, _ = plain_gradient(model, processor, pixels_of(logits), groups, advantages)
     shared, gap = gradient(logits)
     _, blind_gap = gradient(torch.randn_like(logits))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         art.SHAREABLE = set()
         alone, _ = gradient(logits)
-    _, causal_gap = plain_gradient(model, processor, pixels_of(logits), groups, advantages, causal=True)
+    _, _, causal_gap = plain_gradient(model, processor, pixels_of(logits), groups, advantages, causal=True)
     far = lambda found: ((found - expected).norm() / expected.norm()).item()                            # noqa: E731
     pixels, prompt = pixels_of(logits), groups[0][0]
     art.save_png(pixels.to_image(), folder / "image.png")
