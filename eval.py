@@ -458,7 +458,7 @@ def random_picture(size, *seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
-def load_processor(model):
+def load_processor(model, trust_remote_code=False):
     """The processor of `model`, a hub name or a folder. Raises InputError if it is not to be had, or has no image part."""
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging as transformers_logging
@@ -467,8 +467,8 @@ def load_processor(model):
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise InputError(f"--model {model}: it is no model folder, for it holds no config.json.")
     try:
-        AutoConfig.from_pretrained(model)               # a single file: fails soon where there is no hub
-        processor = AutoProcessor.from_pretrained(model)
+        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)     # a single file: fails soon where there is no hub
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if not Path(model).exists():
             raise hub_error(f"--model {model}", error) from error
@@ -478,7 +478,7 @@ def load_processor(model):
     return processor
 
 
-def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, seed=0):
+def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, seed=0, trust_remote_code=False):
     """A vLLM engine for one image a prompt, on the GPU or, with a CPU build of vLLM, on the CPU. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -502,7 +502,8 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
     # generation_config="vllm": no sampling default of the model's own leaks into rollouts.
     try:
         return LLM(model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=seed,
-                   generation_config="vllm", use_tqdm_on_load=False, limit_mm_per_prompt={"image": 1, "video": 0}, **options)
+                   generation_config="vllm", use_tqdm_on_load=False, limit_mm_per_prompt={"image": 1, "video": 0},
+                   trust_remote_code=trust_remote_code, load_format="safetensors", **options)
     except ValueError as error:                                        # not enough memory, unknown architecture
         raise InputError(f"--model {model}: vLLM cannot start it ({' '.join(str(error).split())}).") from error
 
