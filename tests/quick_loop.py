@@ -27,7 +27,7 @@ from conftest import ROOT, data                                                 
 def rollout(llm, prompts, image, group_size, max_new_tokens, seeds):
     """Right and wrong answers by chance: it depends on the image and on the seeds alone, as the seeded engine does."""
     picture = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:4], "big")
-    return [[art.Completion(p, [1], [1, 2, 3], [-1.0] * 3, f"Answer: {random.Random(picture + s + i).randrange(3)}", False)
+    return [[art.Completion(p, [1], [1, 2, 3], [-1.0] * 3, f"Answer: {random.Random(picture + s + i).choice([p, 'none'])}", False)
              for i in range(group_size)] for p, s in zip(prompts, seeds)]
 
 
@@ -42,7 +42,7 @@ def evaluate(llm, processor, task, examples, image, max_new_tokens):
 
 STAND_INS = {"load_engine": lambda *args: None, "load_model": lambda *args: None, "load_processor": lambda *args: None,
              "check_size": lambda *args: None, "fitting": lambda processor, task, examples, *args: examples,
-             "prompt_text": lambda processor, task, example: example["question"], "rollout": rollout, "backward": backward,
+             "prompt_text": lambda processor, task, example: str(example["target"]), "rollout": rollout, "backward": backward,
              "evaluate": evaluate}
 FLAGS = ["--task", "gsm8k", "--data", data("gsm8k", "train"), "--seed", str(ROOT / "seed.png"), "--limit", "50", "--validation",
          "5", "--size", "64", "--validate-every", "7"]
