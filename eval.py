@@ -11,6 +11,7 @@ presence penalty 1.0, 95 % intervals from 10,000 bootstrap resamples. art.py imp
 import argparse
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -43,27 +44,47 @@ def read_rows(path):
     suffix, remote = Path(path).suffix.lower(), path.startswith("hf://")
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         raise InputError(f"--data {path}: the name must end in .jsonl, .json, .csv or .parquet.")
-    if not remote and not Path(path).is_file():
+    if not remote and not os.path.isfile(path):
         raise InputError(f"--data {path}: there is no such file.")
+
+    def lines(longest=1 << 22):
+        while line := file.readline(longest):
+            if len(line) == longest:
+                raise ValueError(f"a line is longer than {longest >> 20} MiB")
+            yield line.decode("utf-8-sig")
+
+    def parsed_json(text):
+        value = json.loads(text)
+        if "\\u" in text:                                # a half of a surrogate pair is no text: raises a ValueError
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     try:
         if remote:
             from huggingface_hub import HfFileSystem
-            file = HfFileSystem().open(path, "rb")
+            file = io.BufferedReader(HfFileSystem().open(path, "rb"))       # its own readline() knows no limit
         else:
             file = open(path, "rb")
         with file:
             if suffix == ".parquet":
                 import pyarrow.parquet
-                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+                table = pyarrow.parquet.ParquetFile(file)
+                groups = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
+                if table.metadata.num_columns > 1000 or max(groups, default=0) > 1 << 29:
+                    raise ValueError("more than 1000 columns, or 512 MiB in a row group: write it as .jsonl")
+                for batch in table.iter_batches(16):
+                    if batch.nbytes > 1 << 26:              # a value that is written once may fill every row
+                        raise ValueError("16 rows of more than 64 MiB")
                     yield from map(without_nulls, batch.to_pylist())
             elif suffix == ".csv":
-                yield from csv.DictReader((line.decode("utf-8-sig") for line in file), strict=True)
+                yield from csv.DictReader(lines(), strict=True)
             elif suffix == ".json" and file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                if file.seek(0, os.SEEK_END) > 1 << 26:
+                    raise ValueError("a list of more than 64 MiB: write it as .jsonl, one object a line")
                 file.seek(0)
-                yield from json.loads(file.read().decode("utf-8-sig"))
+                yield from parsed_json(file.read().decode("utf-8-sig"))
             else:                                       # many a .json holds one object a line, too
                 file.seek(0)
-                yield from (json.loads(line.decode("utf-8-sig")) for line in file if line.strip())
+                yield from (parsed_json(line) for line in lines() if line.strip())
     except (ValueError, RecursionError, csv.Error) as error:        # JSON, UTF-8 and most Arrow errors are ValueErrors
         raise InputError(f"--data {path}: it cannot be read as {suffix[1:]} ({first_line(error)}).") from error
     except Exception as error:                          # of the hub's client: HTTP errors of several libraries
@@ -433,22 +454,29 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------------------------
 # Pictures, processor, engine
 
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")     # EPS, for one, would run a program
+
+
 def open_picture(path):
     """Any picture file as an RGB PIL image: EXIF rotation applied, transparency laid on mid-grey. Raises InputError."""
+    if not os.path.isfile(path):                        # a pipe would wait for ever
+        raise InputError(f"{path}: there is no such picture file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = ImageOps.exif_transpose(Image.open(path))
+            picture = ImageOps.exif_transpose(Image.open(path, formats=PICTURES))
+            if max(picture.size) > 200 * min(picture.size):             # what processors refuse, too
+                raise ValueError("one side is more than 200 times as long as the other")
             if picture.mode.startswith("I") or picture.mode == "F":         # 16-bit and float grey: PIL would clip
-                grey = np.asarray(picture, dtype=np.float64)
+                grey = np.asarray(picture, dtype=np.float32)
+                if not np.isfinite(grey).all():
+                    raise ValueError("some of its values are not finite")
                 top = 65535 if picture.mode.startswith("I;16") or grey.max() > 255 else 255 if grey.max() > 1 else 1
                 picture = Image.fromarray((grey.clip(0, top) * (255 / top)).round().astype(np.uint8))
             if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, (128, 128, 128, 255)), picture)
             return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such picture file.") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path}: it cannot be read as a picture ({first_line(error)}).") from error
 
@@ -464,17 +492,28 @@ def load_processor(model, trust_remote_code=False):
     from transformers.utils import logging as transformers_logging
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+    local, processor = os.path.exists(model), None
+    if local and not os.path.isfile(os.path.join(model, "config.json")):
         raise InputError(f"--model {model}: it is no model folder, for it holds no config.json.")
     try:
-        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)     # a single file: fails soon where there is no hub
+        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)      # a single file: fails soon where there is no hub
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        if not Path(model).exists():
+        if getattr(processor, "image_processor", None) is not None:
+            texts = [processor.apply_chat_template(user_turn("", image), tokenize=False) for image in (True, False)]
+            if texts[0] == texts[1]:
+                raise ValueError("the template leaves the image out")
+            processor(text=texts[:1], images=[random_picture(256, 0)])
+    except Exception as error:                          # a broken folder makes transformers raise anything
+        if "trust_remote_code" in str(error):
+            raise InputError(f"--model {model}: it brings code of its own, which art.py runs by --trust-remote-code only.") from error
+        if not local:
             raise hub_error(f"--model {model}", error) from error
-        processor = None
+        if processor is not None:
+            raise InputError(f"--model {model}: it cannot put an image before a text ({first_line(error)}).") from error
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"--model {model}: no image processor can be loaded from it, and ART needs a model that takes images.")
+    if local and not any(name.endswith(".safetensors") for name in os.listdir(model)):
+        raise InputError(f"--model {model}: it holds no .safetensors weights; pickled ones are refused, for loading them can run code.")
     return processor
 
 
@@ -504,7 +543,7 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
         return LLM(model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=seed,
                    generation_config="vllm", use_tqdm_on_load=False, limit_mm_per_prompt={"image": 1, "video": 0},
                    trust_remote_code=trust_remote_code, load_format="safetensors", **options)
-    except ValueError as error:                                        # not enough memory, unknown architecture
+    except Exception as error:          # too little memory, unknown architecture, broken weights: vLLM raises anything
         raise InputError(f"--model {model}: vLLM cannot start it ({' '.join(str(error).split())}).") from error
 
 
@@ -562,18 +601,19 @@ def bootstrap_interval(scores, resamples=10_000, level=0.95, seed=0):
     return scores.mean(), low, high
 
 
-def at_least(low, kind=int):
-    """An argparse type: a number that is not below `low`."""
+def at_least(low, kind=int, high=2**31):
+    """An argparse type: a number that is neither below `low` nor above `high`, and not nan."""
     def number(text):
-        if kind(text) < low:
+        if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    number.__name__ = f"number (at least {low})"            # argparse: "invalid number (at least 1) value: '0'"
+    number.__name__ = f"number (at least {low})" if high == 2**31 else f"number ({low} to {high})"  # argparse: "invalid number ..."
     return number
 
 
 def exit_with(main):
     """Run a command line: a wrong input ends it with one sentence and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold what the terminal cannot show
     try:
         main()
     except InputError as error:
@@ -591,12 +631,12 @@ def main():
     parser.add_argument("--model", default="Qwen/Qwen3.5-0.8B", help="hub name or folder")
     parser.add_argument("--data", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema")
     parser.add_argument("--limit", type=at_least(1), help="score the first LIMIT questions only")
-    parser.add_argument("--size", type=at_least(1), default=256, help="side of the `random` pictures, in pixels")
+    parser.add_argument("--size", type=at_least(1, high=2048), default=256, help="side of the `random` pictures, in pixels")
     parser.add_argument("--rng", type=at_least(0), default=0, help="random number seed of the `random` pictures")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=512)
     parser.add_argument("--max-model-len", type=at_least(1), default=4096)
-    parser.add_argument("--presence-penalty", type=float, default=1.0, help="1.0 as in the paper's evaluation")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--presence-penalty", type=at_least(-2, float, 2), default=1.0, help="1.0 as in the paper's evaluation")
+    parser.add_argument("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.9)
     args = parser.parse_args()
 
     pictures = {arm: arm if arm in ("none", "random") else open_picture(arm) for arm in args.arms}
