@@ -17,7 +17,10 @@ Left out of the textbook: reference model and KL term (beta = 0 in the paper), v
 """
 
 import argparse
+import fcntl
+import io
 import json
+import math
 import os
 import random
 import sys
@@ -32,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -109,13 +114,15 @@ class Completion:
     cut: bool                       # ended by the token limit
 
 
-def rollout(llm, prompts, image, group_size, max_new_tokens=512):
+def rollout(llm, prompts, image, group_size, max_new_tokens=512, seeds=None):
     """Sample `group_size` completions for each rendered prompt (str) behind the PIL `image`: P lists of G Completions.
 
-    Temperature 1 without top-p or top-k, so that the logprobs are those of the policy. (The paper's temperature is not known to us.)
+    Temperature 1 without top-p or top-k, so that the logprobs are those of the policy. (The paper's temperature is not
+    known to us.) `seeds`: one for each prompt, so that its samples do not depend on what the engine has sampled before.
     """
     from vllm import SamplingParams
-    params = SamplingParams(n=group_size, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0)
+    params = [SamplingParams(n=group_size, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0, seed=seed)
+              for seed in seeds or [None] * len(prompts)]        # vLLM counts on from the seed for each of the completions
     requests = generate(llm, prompts, [image] * len(prompts), params)
     return [[Completion(prompt, list(request.prompt_token_ids), list(o.token_ids),
                         [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)], o.text,
@@ -319,10 +326,11 @@ def check_size(processor, size):
         raise InputError(f"--size {size}: the model's image processor {reason}; sizes that work near it: {shown}.")
 
 
-def load_model(name, device):
+def load_model(name, device, trust_remote_code=False):
     """The frozen model: float32 on the CPU, bfloat16 on a GPU, no gradient for any weight. Raises InputError."""
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+                                                            trust_remote_code=trust_remote_code, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)})."
                          ) if Path(name).exists() else hub_error(f"--model {name}", error) from error
@@ -343,13 +351,44 @@ def split_validation(examples, count):
     return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen][:count]
 
 
+def save(data, path):
+    """Write bytes whole or not at all: no kill or full disk leaves a broken file. Raises InputError."""
+    unfinished = Path(path).with_name("unfinished.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise InputError(f"{path}: it cannot be written ({error.strerror}); what was there before is whole.") from error
+
+
 def save_png(image, path, notes={}):
-    """Write whole or not at all: an interrupted run never leaves a broken picture. `notes` go into its text chunks."""
+    """Write a PNG with `notes` in its text chunks."""
     chunks = PngInfo()
     for keyword, text in notes.items():
         chunks.add_text(keyword, str(text))
-    image.save(f"{path}.tmp", format="PNG", optimize=True, pnginfo=chunks)
-    os.replace(f"{path}.tmp", path)
+    image.save(buffer := io.BytesIO(), format="PNG", optimize=True, pnginfo=chunks)
+    save(buffer.getvalue(), path)
+
+
+def load_state(path, settings, shape):
+    """(metrics of the steps so far, tensors) of a run's state. Raises InputError if it is unreadable or of a run with
+    other `settings`. The file is plain tensors and JSON: reading it runs nothing."""
+    try:
+        with safe_open(path, "pt") as file:
+            run, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
+        other = [f"--{k.replace('_', '-')} {run['settings'].get(k)}" for k, v in settings.items() if run["settings"].get(k) != v]
+        if not other and any(t.shape not in (shape, ()) or not t.isfinite().all() for t in [tensors["logits"], *tensors.values()]):
+            raise ValueError("its tensors do not fit")
+    except FileNotFoundError as error:
+        raise InputError(f"--resume: there is no {path}, so no run to go on with; start it without --resume.") from error
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--resume: {path} cannot be read as the state of a run ({first_line(error)}).") from error
+    if other:
+        raise InputError(f"--resume: {path} is of a run with {' '.join(other)}; give the same flags again, or another --out.")
+    return run["metrics"], tensors
 
 
 def panel(seed, image):
@@ -369,16 +408,19 @@ def panel(seed, image):
 def sample_groups(llm, processor, task, stream, image, args):
     """Dynamic sampling: roll out prompts until `args.prompts` groups hold right and wrong answers, `--rounds` times at most.
 
-    Returns the kept groups and their (P, G) rewards, and metrics over everything that was sampled.
+    `stream` yields (seed for the sampler, example). Returns the kept groups, their (P, G) rewards, and metrics over everything
+    that was sampled.
     """
     kept, rewards, seen = [], [], []
     for _ in range(args.rounds):
-        examples = [next(stream) for _ in range(args.prompts - len(kept))]
-        groups = rollout(llm, [prompt_text(processor, task, e) for e in examples], image, args.group_size, args.max_new_tokens)
+        seeds, examples = zip(*(next(stream) for _ in range(args.prompts - len(kept))))
+        groups = rollout(llm, [prompt_text(processor, task, e) for e in examples], image, args.group_size, args.max_new_tokens, seeds)
         for example, group in zip(examples, groups):
-            scores = [task.score(example, c.text) for c in group]
-            shaped = [task.reward(example, c.text) + (overlong_penalty(len(c.ids), args.max_new_tokens, args.overlong_cache)
-                                                      if args.overlong_cache else 0.0) for c in group]
+            scores, shaped = ([judge(example, c.text) for c in group] for judge in (task.score, task.reward))
+            if not all(0 <= r <= 1 for r in scores + shaped):                   # not a number fails this, too
+                raise InputError(f"the task's reward or score for a completion is outside [0, 1]: {scores + shaped}.")
+            if args.overlong_cache:
+                shaped = [r + overlong_penalty(len(c.ids), args.max_new_tokens, args.overlong_cache) for r, c in zip(shaped, group)]
             seen += [(s, r, len(c.ids), c.cut) for s, r, c in zip(scores, shaped, group)]
             if len(set(scores)) > 1:                                # judged by the score, not by the shaped reward
                 kept.append(group)
@@ -390,94 +432,139 @@ def sample_groups(llm, processor, task, stream, image, args):
                                          "sampled_groups": len(seen) // args.group_size}
 
 
+# Of the flags, those that do not change what a step computes: a run may go on with others.
+FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "micro_batch", "trust_remote_code")
+
+
 def train(args):
-    """Train one image as `args` (see the flags below) say; everything it makes lies in `args.out`."""
+    """Train one image as `args` (see the flags below) say; everything it makes lies in `args.out`, for it alone."""
     out = Path(args.out)
-    if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size:
-        raise InputError(f"--out {out}: it holds a run already; name another folder or remove that one.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(folder := os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)          # let go of even at a kill
+    except OSError as error:
+        reason = "another run is at work in it" if isinstance(error, BlockingIOError) else error.strerror
+        raise InputError(f"--out {out}: {reason}; name another folder.") from error
+    try:
+        loop(args, out)
+    finally:
+        os.close(folder)
+        if not os.listdir(out):                                     # a wrong input leaves nothing behind
+            out.rmdir()
+
+
+def loop(args, out):
+    if not args.resume and any(os.path.exists(out / name) for name in ("metrics.jsonl", "state.safetensors")):
+        raise InputError(f"--out {out}: it holds a run already; go on with it by --resume, or name another folder.")
     torch.manual_seed(args.rng)
     seed = load_seed(args.seed, args.size)
     task = TASKS[args.task]
     examples = task.load("train", args.data, args.limit)
-    processor = load_processor(args.model)
+    processor = load_processor(args.model, args.trust_remote_code)
     check_size(processor, args.size)
     examples = fitting(processor, task, examples, args.max_model_len - args.max_new_tokens, random_picture(args.size, 0))
+    settings = {k: v for k, v in vars(args).items() if k not in FREE}
+    settings |= {"seed": f"of hash {key_hash(seed.numpy().tobytes().hex()):x}", "data": f"of hash {key_hash(repr(examples)):x}"}
     examples, validation = split_validation(examples, args.validation)
     if len(examples) < args.prompts:
         raise InputError(f"--task {args.task}: {len(examples)} training examples are left beside {len(validation)} for "
                          f"validation, fewer than --prompts {args.prompts}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    llm = load_engine(args.model, args.max_model_len, args.max_num_seqs, args.gpu_memory_utilization, args.rng)
-    model = load_model(args.model, device)
     pixels = PixelLogits(seed, args.max_change).to(device)
+    seed_image = pixels.to_image()
     # The paper's betas and weight decay are not known to us; any decay would pull the picture to grey.
     optimizer = torch.optim.AdamW(pixels.parameters(), lr=args.lr, weight_decay=0.0)
+    done = []                                                       # the metrics of each step
+    write_metrics = lambda: save("".join(json.dumps(m) + "\n" for m in done).encode(), out / "metrics.jsonl")       # noqa: E731
+    if args.resume:
+        done, tensors = load_state(out / "state.safetensors", settings, seed.shape)
+        write_metrics()
+        pixels.load_state_dict({"logits": tensors.pop("logits")})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: tensors} if tensors else {}})
+    best = max((m["validation"] for m in done if "validation" in m), default=-1.0)
+    notes = {"Title": f"ART image for {args.task}", "Software": f"art.py {__version__} (arXiv 2606.11854)", "model": args.model,
+             "task": args.task, "settings": json.dumps(settings)}
+    # A folder that cannot be written is refused before a model is loaded.
+    save_png(pixels.to_image(), out / "last.png", {**notes, "step": max(0, len(done) - 1)})
+    llm = load_engine(args.model, args.max_model_len, args.max_num_seqs, args.gpu_memory_utilization, args.rng,
+                      args.trust_remote_code)
+    model = load_model(args.model, device, args.trust_remote_code)
     order = random.Random(args.rng)
     stream = chain.from_iterable(order.sample(examples, len(examples)) for _ in repeat(None))
-    out.mkdir(parents=True, exist_ok=True)
-    seed_image, best, started = pixels.to_image(), -1.0, time.time()
-    notes = {"Title": f"ART image for {args.task}", "Software": f"art.py {__version__} (arXiv 2606.11854)", "model": args.model,
-             "task": args.task, "settings": json.dumps({k: v for k, v in vars(args).items() if k not in ("out", "data", "seed")})}
+    stream = ((key_hash(f"{args.rng} {i}") >> 1, example) for i, example in enumerate(stream))
+    stream = islice(stream, sum(m["sampled_groups"] for m in done[1:]), None)
+    started = time.time()
     print(f"{args.task}: {len(examples)} training and {len(validation)} validation examples, {args.model} on {device}, "
-          f"pictures and metrics.jsonl in {out}/", flush=True)
+          f"pictures and metrics.jsonl in {out}/" + f", going on after step {len(done) - 1}" * args.resume, flush=True)
 
     def validate(step):
         nonlocal best
         image = pixels.to_image()
         results = evaluate(llm, processor, task, validation, image, args.max_new_tokens)
         accuracy = float(np.mean([r["score"] for r in results]))
-        if accuracy > best:                                         # the earlier image wins a tie: it is nearer to the seed
+        if accuracy > best:                                  # the earlier image wins a tie: it is nearer to the seed
             best = accuracy
             save_png(image, out / "best.png", {**notes, "step": step, "validation": accuracy})
         save_png(panel(seed_image, image), out / "panel.png")
         tqdm.write(f"step {step:4d}  validation {100 * accuracy:5.1f} %  (best {100 * best:5.1f} %)")
         return accuracy
 
-    bar = tqdm(total=args.steps, unit="step", disable=None)
-    with open(out / "metrics.jsonl", "w", buffering=1) as log:
-        try:
-            save_png(seed_image, out / "last.png", {**notes, "step": 0})
-            log.write(json.dumps({"step": 0, "validation": validate(0)}) + "\n")
-            for step in range(1, args.steps + 1):
-                start = time.time()
-                groups, rewards, metrics = sample_groups(llm, processor, task, stream, pixels.to_image(), args)
-                metrics = {"step": step, **metrics, "rollout_s": time.time() - start}
-                start = time.time()
-                if groups:
-                    for group in optimizer.param_groups:
-                        group["lr"] = metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
-                    advantages, old_logps = group_advantages(rewards), None
-                    for _ in range(args.updates):
-                        optimizer.zero_grad()
-                        update, old_logps = backward(model, processor, pixels, groups, advantages, old_logps, args.micro_batch,
-                                                     args.eps_low, args.eps_high, args.weight_cap)
-                        update["grad_norm"] = pixels.logits.grad.norm().item()
-                        optimizer.step()
-                        pixels.project()
-                    metrics |= update
-                image = pixels.to_image()
-                metrics["moved"] = float(np.abs(np.asarray(image, dtype=int) - np.asarray(seed_image)).mean())
-                metrics["trainer_s"] = time.time() - start
-                save_png(image, out / "last.png", {**notes, "step": step})
-                tqdm.write(f"step {step:4d}  reward {metrics['reward']:.3f}  score {metrics['score']:.3f}  groups "
-                           f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  "
-                           + (f"mismatch {metrics['mismatch']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
-                              if groups else "no group with right and wrong answers: nothing to learn  ")
-                           + f"moved {metrics['moved']:.1f}  {metrics['rollout_s']:.1f} + {metrics['trainer_s']:.1f} s")
-                bar.set_postfix(reward=f"{metrics['reward']:.3f}", best=f"{best:.3f}")
-                bar.update()
-                if step % args.validate_every == 0 or step == args.steps:
-                    metrics["validation"] = validate(step)
-                log.write(json.dumps(metrics) + "\n")
-        except KeyboardInterrupt:
-            save_png(panel(seed_image, pixels.to_image()), out / "panel.png")
-            tqdm.write("interrupted")
-            sys.exit(130)
-        finally:
-            bar.close()
-            if (out / "best.png").exists():
-                print(f"best validation {100 * best:.1f} %, {time.time() - started:.0f} s: {out}/best.png, {out}/last.png, "
-                      f"{out}/panel.png", flush=True)
+    def learn(step):
+        start = time.time()
+        groups, rewards, metrics = sample_groups(llm, processor, task, stream, pixels.to_image(), args)
+        metrics |= {"skipped": 0, "rollout_s": time.time() - start}
+        start = time.time()
+        note = "" if groups else "no group with right and wrong answers: nothing to learn  "
+        if groups:
+            for group in optimizer.param_groups:
+                group["lr"] = metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
+            advantages, old_logps = group_advantages(rewards), None
+            for _ in range(args.updates):
+                optimizer.zero_grad()
+                update, old_logps = backward(model, processor, pixels, groups, advantages, old_logps, args.micro_batch,
+                                             args.eps_low, args.eps_high, args.weight_cap)
+                update["grad_norm"] = nn.utils.clip_grad_norm_(pixels.parameters(), args.max_grad_norm or math.inf).item()
+                if wrong := [f"{name} {value}" for name, value in update.items() if not math.isfinite(value)]:
+                    metrics["skipped"], note = 1, f"skipped: {', '.join(wrong)}  "
+                    break
+                optimizer.step()
+                pixels.project()
+                metrics |= update
+                note = f"mismatch {metrics['mismatch']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
+        image = pixels.to_image()
+        metrics["moved"] = float(np.abs(np.asarray(image, dtype=int) - np.asarray(seed_image)).mean())
+        metrics["trainer_s"] = time.time() - start
+        save_png(image, out / "last.png", {**notes, "step": step})
+        tqdm.write(f"step {step:4d}  reward {metrics['reward']:.3f}  score {metrics['score']:.3f}  groups "
+                   f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  {note}"
+                   f"moved {metrics['moved']:.1f}  {metrics['rollout_s']:.1f} + {metrics['trainer_s']:.1f} s")
+        return metrics
+
+    bar = tqdm(total=args.steps, initial=max(0, len(done) - 1), unit="step", disable=None)
+    try:
+        for step in range(len(done), args.steps + 1):
+            metrics = {"step": step, **(learn(step) if step else {})}
+            if step % args.validate_every == 0 or step == args.steps:
+                metrics["validation"] = validate(step)
+            done.append(metrics)
+            # The state comes first and holds all the metrics: killed between the two, a run still goes on where it was.
+            tensors = {"logits": pixels.logits.detach(), **optimizer.state[pixels.logits]}
+            save(safetensors_bytes({name: tensor.cpu() for name, tensor in tensors.items()},
+                                   {"run": json.dumps({"settings": settings, "metrics": done})}), out / "state.safetensors")
+            write_metrics()
+            bar.set_postfix(reward=f"{metrics.get('reward', 0):.3f}", best=f"{best:.3f}")
+            bar.update(min(1, step))
+            if metrics.get("skipped") and sum(m["skipped"] for m in done[1:]) >= 10:
+                raise InputError("10 steps gave a loss, gradient or logprob that is no finite number and were skipped: the run ends.")
+    except KeyboardInterrupt:
+        save_png(panel(seed_image, pixels.to_image()), out / "panel.png")
+        tqdm.write("interrupted; --resume goes on after the last whole step")
+        sys.exit(130)
+    finally:
+        bar.close()
+        if (out / "best.png").exists():
+            print(f"best validation {100 * best:.1f} %, {time.time() - started:.0f} s: {out}/best.png, {out}/last.png, "
+                  f"{out}/panel.png", flush=True)
 
 
 def parse_args():
@@ -490,12 +577,14 @@ def parse_args():
     add("--out", help="folder of the run (default: runs/TASK)")
     add("--limit", type=at_least(1), help="read only so many training examples")
     add("--rng", type=at_least(0), default=0, help="random number seed")
+    add("--resume", action="store_true", help="go on with the run in --out, exactly; give its other flags again (--steps may grow)")
+    add("--trust-remote-code", action="store_true", help="run code that the model brings along")
     # Known from the paper
-    add("--size", type=at_least(1), default=256, help="side of the image: 256 is 64 tokens, and the least Qwen3.5 does not resize")
+    add("--size", type=at_least(1, high=2048), default=256, help="side of the image: 256 is 64 tokens, and the least Qwen3.5 does not resize")
     add("--steps", type=at_least(1), default=100)
     add("--lr", type=at_least(0, float), default=0.1, help="AdamW, constant after --warmup steps")
     add("--warmup", type=at_least(0), default=5)
-    add("--group-size", type=at_least(2), default=8, help="completions for each prompt, at least 2")
+    add("--group-size", type=at_least(2, high=1024), default=8, help="completions for each prompt, at least 2")
     add("--prompts", type=at_least(1), default=4, help="prompts a step: the paper's 'effective batch 32', taken as completions")
     add("--eps-low", type=at_least(0, float), default=0.2, help="ratio is clipped below 1 - this")
     add("--eps-high", type=at_least(0, float), default=0.28, help="ratio is clipped above 1 + this")
@@ -505,11 +594,12 @@ def parse_args():
     add("--rounds", type=at_least(1), default=4, help="sampling rounds a step to replace groups that are all right or all wrong")
     add("--overlong-cache", type=at_least(0), default=0, help="soft overlong punishment over the last so many tokens; 0: none")
     add("--weight-cap", type=at_least(0, float), default=2.0, help="cap of the importance weight trainer / vLLM; 0: no weight")
+    add("--max-grad-norm", type=at_least(0, float), default=0.0, help="clip the gradient's norm to this; 0: no clip")
     add("--max-new-tokens", type=at_least(1), default=512)
     add("--max-model-len", type=at_least(1), default=4096)
-    add("--max-num-seqs", type=at_least(1), default=256, help="sequences that vLLM runs at once")
+    add("--max-num-seqs", type=at_least(1, high=65536), default=256, help="sequences that vLLM runs at once")
     add("--micro-batch", type=at_least(1), default=8, help="completions of one prompt in a trainer pass; fewer need less memory")
-    add("--gpu-memory-utilization", type=float, default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")
+    add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")
     add("--validation", type=at_least(1), default=128, help="training examples set aside to choose best.png")
     add("--validate-every", type=at_least(1), default=10, help="steps between validations")
     args = parser.parse_args()

@@ -51,24 +51,47 @@ def read_rows(path):
     suffix, remote = Path(path).suffix.lower(), path.startswith("hf://")
     if suffix not in (".jsonl", ".json", ".csv", ".parquet"):
         raise InputError(f"--data {path}: the name must end in .jsonl, .json, .csv or .parquet.")
-    if not remote and not Path(path).is_file():
+    if not remote and not os.path.isfile(path):
         raise InputError(f"--data {path}: there is no such file.")
+
+    def lines(longest=1 << 22):
+        while line := file.readline(longest):
+            if len(line) == longest:
+                raise ValueError(f"a line is longer than {longest >> 20} MiB")
+            yield line.decode("utf-8-sig")
+
+    def parsed_json(text):
+        value = json.loads(text)
+        if "\\u" in text:                                # a half of a surrogate pair is no text: raises a ValueError
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     try:
         if remote:
             from huggingface_hub import HfFileSystem
-        with (HfFileSystem().open if remote else open)(path, "rb") as file:
+            file = io.BufferedReader(HfFileSystem().open(path, "rb"))       # its own readline() knows no limit
+        else:
+            file = open(path, "rb")
+        with file:
             if suffix == ".parquet":
                 import pyarrow.parquet
-                for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+                table = pyarrow.parquet.ParquetFile(file)
+                groups = [table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)]
+                if table.metadata.num_columns > 1000 or max(groups, default=0) > 1 << 29:
+                    raise ValueError("more than 1000 columns, or 512 MiB in a row group: write it as .jsonl")
+                for batch in table.iter_batches(16):
+                    if batch.nbytes > 1 << 26:              # a value that is written once may fill every row
+                        raise ValueError("16 rows of more than 64 MiB")
                     yield from map(without_nulls, batch.to_pylist())
             elif suffix == ".csv":
-                yield from csv.DictReader((line.decode("utf-8-sig") for line in file), strict=True)
+                yield from csv.DictReader(lines(), strict=True)
             elif suffix == ".json" and file.read(100).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                if file.seek(0, os.SEEK_END) > 1 << 26:
+                    raise ValueError("a list of more than 64 MiB: write it as .jsonl, one object a line")
                 file.seek(0)
-                yield from json.loads(file.read().decode("utf-8-sig"))
+                yield from parsed_json(file.read().decode("utf-8-sig"))
             else:                                       # many a .json holds one object a line, too
                 file.seek(0)
-                yield from (json.loads(line.decode("utf-8-sig")) for line in file if line.strip())
+                yield from (parsed_json(line) for line in lines() if line.strip())
     except (ValueError, RecursionError, csv.Error) as error:        # JSON, UTF-8 and most Arrow errors are ValueErrors
         raise InputError(f"--data {path}: it cannot be read as {suffix[1:]} ({first_line(error)}).") from error
     except Exception as error:                          # of the hub's client: HTTP errors of several libraries
@@ -443,22 +466,29 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------------------------
 # Pictures, processor, engine
 
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")     # EPS, for one, would run a program
+
+
 def open_picture(path):
     """Any picture file as an RGB PIL image: EXIF rotation applied, transparency laid on mid-grey. Raises InputError."""
+    if not os.path.isfile(path):                        # a pipe would wait for ever
+        raise InputError(f"{path}: there is no such picture file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = ImageOps.exif_transpose(Image.open(path))
+            picture = ImageOps.exif_transpose(Image.open(path, formats=PICTURES))
+            if max(picture.size) > 200 * min(picture.size):             # what processors refuse, too
+                raise ValueError("one side is more than 200 times as long as the other")
             if picture.mode.startswith("I") or picture.mode == "F":         # 16-bit and float grey: PIL would clip
-                grey = np.asarray(picture, dtype=np.float64)
+                grey = np.asarray(picture, dtype=np.float32)
+                if not np.isfinite(grey).all():
+                    raise ValueError("some of its values are not finite")
                 top = 65535 if picture.mode.startswith("I;16") or grey.max() > 255 else 255 if grey.max() > 1 else 1
                 picture = Image.fromarray((grey.clip(0, top) * (255 / top)).round().astype(np.uint8))
             if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, (128, 128, 128, 255)), picture)
             return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such picture file.") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path}: it cannot be read as a picture ({first_line(error)}).") from error
 
@@ -484,27 +514,38 @@ def random_picture(size, *seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
-def load_processor(model):
+def load_processor(model, trust_remote_code=False):
     """The processor of `model`, a hub name or a folder. Raises InputError if it is not to be had, or has no image part."""
     from transformers import AutoConfig, AutoProcessor
     from transformers.utils import logging as transformers_logging
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+    local, processor = os.path.exists(model), None
+    if local and not os.path.isfile(os.path.join(model, "config.json")):
         raise InputError(f"--model {model}: it is no model folder, for it holds no config.json.")
     try:
-        AutoConfig.from_pretrained(model)               # a single file: fails soon where there is no hub
-        processor = AutoProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        if not Path(model).exists():
+        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)      # a single file: fails soon where there is no hub
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
+        if getattr(processor, "image_processor", None) is not None:
+            texts = [processor.apply_chat_template(user_turn("", image), tokenize=False) for image in (True, False)]
+            if texts[0] == texts[1]:
+                raise ValueError("the template leaves the image out")
+            processor(text=texts[:1], images=[random_picture(256, 0)])
+    except Exception as error:                          # a broken folder makes transformers raise anything
+        if "trust_remote_code" in str(error):
+            raise InputError(f"--model {model}: it brings code of its own, which art.py runs by --trust-remote-code only.") from error
+        if not local:
             raise hub_error(f"--model {model}", error) from error
-        processor = None
+        if processor is not None:
+            raise InputError(f"--model {model}: it cannot put an image before a text ({first_line(error)}).") from error
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"--model {model}: no image processor can be loaded from it, and ART needs a model that takes images.")
+    if local and not any(name.endswith(".safetensors") for name in os.listdir(model)):
+        raise InputError(f"--model {model}: it holds no .safetensors weights; pickled ones are refused, for loading them can run code.")
     return processor
 
 
-def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, seed=0):
+def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, seed=0, trust_remote_code=False):
     """A vLLM engine for one image a prompt, on the GPU or, with a CPU build of vLLM, on the CPU. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)
@@ -528,8 +569,9 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
     # generation_config="vllm": no sampling default of the model's own leaks into rollouts.
     try:
         return LLM(model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=seed,
-                   generation_config="vllm", use_tqdm_on_load=False, limit_mm_per_prompt={"image": 1, "video": 0}, **options)
-    except ValueError as error:                                        # not enough memory, unknown architecture
+                   generation_config="vllm", use_tqdm_on_load=False, limit_mm_per_prompt={"image": 1, "video": 0},
+                   trust_remote_code=trust_remote_code, load_format="safetensors", **options)
+    except Exception as error:          # too little memory, unknown architecture, broken weights: vLLM raises anything
         raise InputError(f"--model {model}: vLLM cannot start it ({' '.join(str(error).split())}).") from error
 
 
@@ -721,18 +763,19 @@ def report(task, arms, baseline=None):
               + (f"{mcnemar(mean[arm], mean[baseline or first]):10.2g}" if samples == 1 else f"{'-':>10}"))
 
 
-def at_least(low, kind=int):
-    """An argparse type: a number that is not below `low`."""
+def at_least(low, kind=int, high=2**31):
+    """An argparse type: a number that is neither below `low` nor above `high`, and not nan."""
     def number(text):
-        if kind(text) < low:
+        if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    number.__name__ = f"number (at least {low})"            # argparse: "invalid number (at least 1) value: '0'"
+    number.__name__ = f"number (at least {low})" if high == 2**31 else f"number ({low} to {high})"  # argparse: "invalid number ..."
     return number
 
 
 def exit_with(main):
     """Run a command line: a wrong input ends it with one sentence and exit code 2."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold what the terminal cannot show
     try:
         main()
     except InputError as error:
@@ -776,13 +819,13 @@ def parse_args():
     add("--info", action="store_true", help="only show what is written in the pictures")
     add("--limit", type=at_least(1), help="score the first LIMIT questions only")
     add("--samples", type=at_least(1), default=1, help="completions of each question; more than one need a --temperature")
-    add("--temperature", type=at_least(0, float), default=0.0, help="0 is greedy")
-    add("--size", type=at_least(1), default=256, help="side of the `random` pictures, in pixels")
+    add("--temperature", type=at_least(0, float, 2), default=0.0, help="0 is greedy")
+    add("--size", type=at_least(1, high=2048), default=256, help="side of the `random` pictures, in pixels")
     add("--rng", type=at_least(0), default=0, help="random number seed of the `random` and `string` arms")
     add("--max-new-tokens", type=at_least(1), default=512)
     add("--max-model-len", type=at_least(1), default=4096)
-    add("--presence-penalty", type=float, default=1.0, help="1.0 as in the paper's evaluation")
-    add("--gpu-memory-utilization", type=float, default=0.9)
+    add("--presence-penalty", type=at_least(-2, float, 2), default=1.0, help="1.0 as in the paper's evaluation")
+    add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.9)
     return parser.parse_args()
 
 

@@ -173,7 +173,7 @@ def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeyp
     """Groups are judged by the score, refilled with new prompts, and the rounds are bounded."""
     asked = []
 
-    def fake_rollout(llm, prompts, image, group_size, max_new_tokens):
+    def fake_rollout(llm, prompts, image, group_size, max_new_tokens, seeds):
         asked.extend(prompts)
         return [[art.Completion(p, [1], [1] * (4 if i else 10), [0.0], "right" if i < p else "wrong", False) for i in range(group_size)]
                 for p in prompts]
@@ -181,13 +181,13 @@ def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeyp
     monkeypatch.setattr(art, "prompt_text", lambda processor, task, example: example)
     task = SimpleNamespace(score=lambda e, t: float(t == "right"), reward=lambda e, t: 1.0 if t == "right" else 0.1 * e)
     args = SimpleNamespace(prompts=2, rounds=3, group_size=4, max_new_tokens=10, overlong_cache=8)
-    groups, rewards, metrics = art.sample_groups(None, None, task, iter([0, 4, 0, 2, 1, 3]), None, args)
+    groups, rewards, metrics = art.sample_groups(None, None, task, enumerate([0, 4, 0, 2, 1, 3]), None, args)
     assert [g[0].prompt for g in groups] == [2, 1] and asked == [0, 4, 0, 2, 1]
     assert metrics["groups"] == 2 and metrics["sampled_groups"] == 5
     assert metrics["score"] == pytest.approx((0 + 4 + 0 + 2 + 1) / 20)              # over all that was sampled
     # The first completion has 10 tokens, 8 past 10 - 8: penalty -1; the others have 4: -0.25.
     assert rewards[0].tolist() == pytest.approx([0.0, 0.75, 0.2 - 0.25, 0.2 - 0.25])
-    assert art.sample_groups(None, None, task, iter([0] * 9), None, args)[2]["sampled_groups"] == 6
+    assert art.sample_groups(None, None, task, enumerate([0] * 9), None, args)[2]["sampled_groups"] == 6
 
 
 def test_validation_is_a_part_of_training_that_shares_no_key():
