@@ -155,7 +155,7 @@ class Task:
         rows = Counter()                                            # why they are skipped, or "" -> how many
 
         def examples():
-            for row in read_rows(source):
+            for row in tqdm(read_rows(source), source, unit=" rows", disable=True if data else None):
                 has = ", ".join(map(str, row)) if isinstance(row, dict) else f"no columns but a {type(row).__name__}"
                 missing = [c for c in self.columns if not isinstance(row, dict) or row.get(c) in (None, "", [])]
                 try:
