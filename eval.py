@@ -769,7 +769,8 @@ def at_least(low, kind=int, high=2**31):
         if not low <= kind(text) <= high:
             raise ValueError
         return kind(text)
-    number.__name__ = f"number (at least {low})" if high == 2**31 else f"number ({low} to {high})"  # argparse: "invalid number ..."
+    # argparse: "invalid number (at least 1) value: '0'"
+    number.__name__ = f"number (at least {low})" + f" (at most {high})" * (high != 2**31)
     return number
 
 
