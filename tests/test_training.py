@@ -95,7 +95,8 @@ class Odd:
         self.allowed = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|endoftext|>", "<|im_end|>", "<|vision_start|>", "7"])
 
     def generate(self, requests, params, **kwargs):
-        params.allowed_token_ids, params.ignore_eos = self.allowed, True
+        for each in params:
+            each.allowed_token_ids, each.ignore_eos = self.allowed, True
         return self.llm.generate(requests, params, **kwargs)
 
 
