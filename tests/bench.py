@@ -1,16 +1,17 @@
 """What a step of ART costs, beside LoRA on the same sequences and beside what the arithmetic alone would take.
 
-    python tests/bench.py                      # all tables: some 6 minutes of one core without a GPU
+    python tests/bench.py                      # all tables; without a GPU some 9 minutes of processor time
     python tests/bench.py trainer --full       # only the trainer, with the whole of Qwen3.5-0.8B's shape: for a GPU
 
 Weights are random, for speed and memory do not depend on them. Every table is of one run: the ways take turns, and of each
-the median of its repetitions counts. Without a GPU a second is one of processor time on one thread (other programs on the
-machine lengthen it little), and memory is that of the tensors alive at once; with one, they are those of CUDA.
+the median of its repetitions counts. Without a GPU a second is one of processor time, all threads together (other programs on
+the machine lengthen it little), and memory is that of the tensors alive at once; with one, both are as CUDA has them.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -20,10 +21,11 @@ import weakref
 from pathlib import Path
 from statistics import median
 
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")             # a thread that waits must not count as one that works
+import torch                                                                                            # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode                                          # noqa: E402
+from torch.utils._pytree import tree_leaves                                                            # noqa: E402
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration                                # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -106,7 +108,8 @@ def plain(model, processor, pixels, groups, advantages):
 def adapted(model, recompute=False):
     """`model` with PEFT's LoRA of rank 16 on all matrices of the decoder, as in the paper's control."""
     from peft import LoraConfig, get_peft_model
-    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model\.layers\..*_(proj|qkv|z|b|a)"))
+    decoder = r".*language_model\.layers\..*_(proj|qkv|z|b|a)"
+    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=decoder))
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped.train()
@@ -201,36 +204,44 @@ def floor_flops(model, prompt_tokens, completion_tokens, group_size):
 # ------------------------------------------------------------------------------------------------------------------
 # Tables
 
-def trainer_table(name, model, processor, shapes, repetitions, alone=False, ways=WAYS):
-    """`alone`: the ways that share nothing run one sequence, and its time and its memory count G times, as they do in one pass."""
-    print(f"\n{name}\n\n| shape | G | way | seconds | memory, GB | time, times ours | memory, times ours | floor, s | times floor |\n"
-          "|---|---|---|---|---|---|---|---|---|", flush=True)
-    for shape, group_size in shapes:
+def group_bytes(way, model, processor, batch, group_size):
+    """Memory of a pass of `group_size` sequences that share nothing, from those of one and of two: each further one adds as much."""
+    pixels, groups, advantages = batch
+    one, two = (peak_bytes(lambda: way(model, processor, pixels, [groups[0][:n]], advantages[:, :n])) for n in (1, 2))
+    return one + (group_size - 1) * (two - one)
+
+
+def trainer_table(name, model, processor, shapes, repetitions, alone=False):
+    """`alone`: the ways that share nothing run one sequence a time, which counts G times; the memory is `group_bytes`."""
+    print(f"\n{name}\n\n| shape | G | way | seconds | times ours | memory, GB | times ours | floor, s | times floor |\n"
+          + "|---" * 9 + "|", flush=True)
+    for shape, group_size, names in shapes:
+        ways = {way: WAYS[way] for way in names}
         P, C = SHAPES[shape]
         batch = make_groups(model, processor, P, C, group_size)
-        one = (batch[0], [batch[1][0][:1]], batch[2][:, :1]) if alone else batch
         spent, held = {way: [] for way in ways}, {}
         for repetition in range(repetitions + 1):
             for way, (prepared, run) in ways.items():
-                chosen, times = (batch, 1) if way.startswith("ours") or not alone else (one, group_size)
+                split = alone and not way.startswith("ours")
+                chosen = (batch[0], [batch[1][0][:1]], batch[2][:, :1]) if split else batch
                 try:
                     with prepared(model) as ready:
                         work = lambda: run(ready, processor, *chosen)                                   # noqa: E731
                         if repetition == 0:                 # the first is for memory, and warms up
-                            held[way] = times * peak_bytes(work)
+                            held[way] = group_bytes(run, ready, processor, batch, group_size
+                                                     ) if split else peak_bytes(work)
                         elif way in held:
-                            spent[way].append(times * seconds(work))
+                            spent[way].append(seconds(work) * (group_size if split else 1))
                 except torch.OutOfMemoryError:
                     torch.cuda.empty_cache()
                 batch[0].logits.grad = None
         least = floor_flops(model, P, C, group_size) / matrix_rate(model, P + group_size * C)
-        mine = median(spent["ours"])
         for way in ways:
-            if way not in held:
+            if way not in held or not spent[way]:
                 print(f"| {shape} | {group_size} | {way} | out of memory | | | | | |", flush=True)
                 continue
-            took = median(spent[way])
-            print(f"| {shape} | {group_size} | {way} | {took:.2f} | {held[way] / 1e9:.2f} | {took / mine:.2f} | "
+            took, mine = median(spent[way]), median(spent["ours"])
+            print(f"| {shape} | {group_size} | {way} | {took:.2f} | {took / mine:.2f} | {held[way] / 1e9:.2f} | "
                   f"{held[way] / held['ours']:.2f} | " + (f"{least:.2f} | {mine / least:.2f} |" if way == "ours" else "| |"), flush=True)
 
 
@@ -269,8 +280,8 @@ def engine_tables(processor, repetitions, folder):
 
     spent = {part: [] for part in ("rendering", "generation", "rewards and advantages", "trainer's pass", "optimiser and PNG")}
     for step in range(repetitions + 1):
-        marks, chosen = [time.perf_counter()], examples[4 * step:4 * step + 4]
-        mark = lambda: marks.append(time.perf_counter())                                                # noqa: E731
+        marks, chosen = [clock()], examples[4 * step:4 * step + 4]
+        mark = lambda: marks.append(clock())                                                            # noqa: E731
         prompts = [tasks.prompt_text(processor, task, e) for e in chosen]
         mark()
         groups = art.rollout(llm, prompts, image, 8, 64)
@@ -291,12 +302,12 @@ def engine_tables(processor, repetitions, folder):
         print(f"| {part} | {1e3 * median(s[1:]):.1f} | {100 * median(s[1:]) / total:.1f} % |")
 
     def fresh(work):
-        """(seconds, result) with nothing in the engine's caches."""
+        """(seconds by the wall, seconds by `clock`, result) with nothing in the engine's caches."""
         llm.reset_prefix_cache()
         llm.reset_mm_cache()
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), clock()
         result = work()
-        return time.perf_counter() - start, result
+        return time.perf_counter() - start, clock() - spent, result
 
     params = SamplingParams(n=8, temperature=1.0, max_tokens=64, logprobs=0)
     prompts = [tasks.prompt_text(processor, task, e) for e in examples[:32]]
@@ -311,13 +322,14 @@ def engine_tables(processor, repetitions, folder):
             n for i in range(0, 300, 100) for r in ask(questions[i:i + 100]) for _, n, _ in r),
         "300 questions at once, as eval.py": lambda: sum(n for r in ask(questions) for _, n, _ in r)}
     rates = {name: [] for name in works}
-    for repetition in range(repetitions + 1):
+    for repetition in range(3 * repetitions + 1):
         for name, work in works.items():
-            took, tokens = fresh(work)
-            rates[name].append(tokens / took)
-    print("\nThe engine, tiny model\n\n| requests | tokens a second |\n|---|---|")
+            wall, spent_here, tokens = fresh(work)
+            rates[name].append((tokens / wall, tokens / spent_here))
+    print("\nThe engine, tiny model\n\n| requests | tokens a second | tokens a second of processor time |\n|---|---|---|")
     for name, found in rates.items():
-        print(f"| {name} | {median(found[1:]):.0f} |", flush=True)
+        wall, spent_here = (median(values) for values in zip(*found[1:]))
+        print(f"| {name} | {wall:.0f} | {spent_here:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
@@ -328,16 +340,17 @@ if __name__ == "__main__":
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     processor = tasks.load_processor(str(TINY))
-    if not GPU:
-        torch.set_num_threads(1)
-    print(f"{torch.cuda.get_device_name() if GPU else platform.machine() + ', one thread'}, torch {torch.__version__}")
+    print(f"{torch.cuda.get_device_name() if GPU else f'{platform.machine()}, {torch.get_num_threads()} threads'}, "
+          f"torch {torch.__version__}")
     if "trainer" in args.parts:
-        every = [(shape, g) for g in (8, 16) for shape in SHAPES]
-        trainer_table("The tiny model, whole groups in one pass", make_model(), processor, every[:5], args.repetitions)
+        every, short = list(WAYS), ["plain ART", "LoRA", "ours"]
+        short_shapes = [("GSM8K", 8, every), ("ToolMind, 1,000", 8, every), ("GSM8K", 16, short), ("ToolMind, 1,000", 16, short)]
+        shapes = [*short_shapes, ("ToolMind, 4,000", 8, every if GPU else short)]
+        trainer_table("The tiny model, whole groups in one pass", make_model(), processor, short_shapes, args.repetitions)
         share = 1 if args.full else 1 / 12
         model = make_model(share)
         trainer_table(f"Qwen3.5-0.8B's shape, {model.config.text_config.num_hidden_layers} of 24 layers, "
-                      f"{model.config.text_config.vocab_size:,} of 248,320 tokens", model, processor, every, args.repetitions,
+                      f"{model.config.text_config.vocab_size:,} of 248,320 tokens", model, processor, shapes, args.repetitions,
                       alone=not GPU)
     if "growth" in args.parts:
         growth_table(processor, args.repetitions)

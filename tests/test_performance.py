@@ -114,15 +114,13 @@ def test_memory_is_counted_as_it_lives():
         assert memory.live == 0
 
 
-def test_one_sequence_in_a_pass_stands_for_many(model, processor):
-    """The memory of a pass of plain sequences is as many times that of one."""
-    pixels, groups, advantages = bench.make_groups(model, processor, 164, 60, 4)
+def test_the_memory_of_one_and_two_sequences_gives_that_of_many(model, processor):
+    batch = bench.make_groups(model, processor, 164, 60, 6)
     for name in ("plain ART", "LoRA", "LoRA, recomputing"):
         prepared, way = bench.WAYS[name]
         with prepared(model) as ready:
-            one, four = (bench.peak_bytes(lambda: way(ready, processor, pixels, [groups[0][:n]], advantages[:, :n])) for n in (1, 4))
-        print(name, one, four, four / one)
-        assert four == pytest.approx(4 * one, rel=0.03)
+            expected = bench.peak_bytes(lambda: way(ready, processor, *batch))
+            assert bench.group_bytes(way, ready, processor, batch, 6) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_prompts_have_the_tokens_they_are_said_to_have(model, processor):
