@@ -38,8 +38,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
@@ -207,43 +206,71 @@ def encode_image(model, processor, prompt, image):
                                     return_dict=True)
 
 
-def token_logprobs(model, hidden, targets, chunk=512):
-    """Logprobs (M,) of `targets` (M,) from the last hidden states (M, hidden), a chunk of tokens at a time: the
-    (tokens, vocabulary) float32 matrix of a batch would be gigabytes, and is recomputed in the backward instead."""
-    def logprobs(hidden, targets):
-        return -F.cross_entropy(model.get_output_embeddings()(hidden).float(), targets, reduction="none")
-    return torch.cat([checkpoint(logprobs, h, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+class TokenLogprobs(torch.autograd.Function):
+    """Logprobs (M,) of `targets` (M,) from the last hidden states (M, hidden) and the frozen output layer.
+
+    The slope of a logprob, (onehot - p) @ W, is as large as the hidden state and known as soon as p is. So it is kept instead
+    of logits, `chunk` tokens at a time: the (tokens, vocabulary) matrix of a batch would be gigabytes.
+    """
+    @staticmethod
+    def forward(ctx, hidden, targets, output, chunk=512):
+        logprobs, slopes = [], []
+        for h, t in zip(hidden.split(chunk), targets[:, None].split(chunk)):
+            logp = output(h).float().log_softmax(-1)
+            logprobs.append(logp.gather(1, t)[:, 0])
+            slopes.append(logp.exp_().neg_().scatter_add_(1, t, torch.ones_like(t, dtype=logp.dtype)).to(h.dtype) @ output.weight)
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        slopes, = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 # Cache layers that assign and never write in place, so that gradients pass through them.
 SHAREABLE = {DynamicLayer, DynamicSlidingWindowLayer, GraphLinearAttentionLayer}
 
 
-def completion_logprobs(model, prompt_inputs, features, ids, mask):
-    """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt, with their graph to `features`.
-
-    The completions share image and prompt, so that prefix runs once, its cache is repeated N times, the completions run
-    on it, and their gradients meet again in the prefix: P + N*T tokens instead of N*(P + T). A model whose cache has
-    other layers than SHAREABLE gets the plain way.
-    """
+def graph_cache(model):
+    """An empty cache that gradients pass through."""
     cache = DynamicCache(config=model.config.get_text_config())
     for layer in cache.layers:
         if type(layer) is LinearAttentionLayer:
             layer.__class__ = GraphLinearAttentionLayer
+    return cache
+
+
+def run_prefix(model, prompt_inputs, features):
+    """Image and prompt through the model, once for all completions: (what each cache layer holds, last state (1, 1, hidden)).
+    None for a model whose cache has other layers than SHAREABLE."""
+    cache = graph_cache(model)
     if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in SHAREABLE}:
         warnings.warn(f"no shared prefix for {', '.join(other)}: every completion runs with its prompt, which is slower")
+        return None
+    states = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
+    return [vars(layer) for layer in cache.layers], states.last_hidden_state[:, -1:]
+
+
+def completion_logprobs(model, prompt_inputs, features, prefix, ids, mask):
+    """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt, with their graph to its `prefix`.
+
+    The completions share image and prompt: they run on `run_prefix`'s cache, repeated N times, and their gradients meet
+    again in it. So a group costs P + N*T tokens, not N*(P + T). Without a prefix, each runs behind its own, plainly.
+    """
+    if prefix is None:
         hidden = torch.cat([plain_states(model, prompt_inputs, features, row[own]) for row, own in zip(ids, mask)])
     else:
-        prefix = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
-        for layer in cache.layers:
+        cache = graph_cache(model)
+        for layer, held in zip(cache.layers, prefix[0]):
+            vars(layer).update(tree_map(lambda x: x, held))                 # dicts of its own: the next starts here, too
             layer.batch_repeat_interleave(len(ids))
         # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
         # placeholder is an ordinary token, as it is to vLLM.
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        last = prefix.last_hidden_state[:, -1:].expand(len(ids), -1, -1)
-        hidden = torch.cat([last, hidden[:, :-1]], dim=1)[mask]             # state t predicts token t
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, token_logprobs(model, hidden, ids[mask]))
+        hidden = torch.cat([prefix[1].expand(len(ids), -1, -1), hidden[:, :-1]], dim=1)[mask]           # state t predicts token t
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(
+        mask, TokenLogprobs.apply(hidden, ids[mask], model.get_output_embeddings()))
 
 
 def plain_states(model, prompt_inputs, features, ids):
@@ -256,43 +283,68 @@ def plain_states(model, prompt_inputs, features, ids):
     return hidden[0, shape[1] - 1:-1]
 
 
-def backward(model, processor, pixels, groups, advantages, old_logps=None, micro_batch=8, eps_low=0.2, eps_high=0.28,
+def cut(tree):
+    """(`tree`, its tensors made leaves of a new graph; `join`): the gradients of any number of passes gather on the leaves, in
+    float32, until join() sends their sum on through the old graph, once."""
+    flat, spec = tree_flatten(tree)
+    leaves = {i: f.detach().float().requires_grad_() for i, f in enumerate(flat) if torch.is_tensor(f) and f.requires_grad}
+
+    def join():
+        reached = {i: leaf.grad.to(flat[i].dtype) for i, leaf in leaves.items() if leaf.grad is not None}
+        torch.autograd.backward([flat[i] for i in reached], list(reached.values()))
+    return tree_unflatten([leaves[i].to(f.dtype) if i in leaves else f for i, f in enumerate(flat)], spec), join
+
+
+def micro_batches(lengths, room):
+    """Indices of completions of such `lengths` in batches of at most `room` tokens, at least one completion each. Like stands
+    beside like, for all are padded to the batch's longest."""
+    batches = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[i] <= room:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def backward(model, processor, pixels, groups, advantages, old_logps=None, tokens=8192, eps_low=0.2, eps_high=0.28,
              weight_cap=2.0):
     """Add the gradient of the DAPO loss over `groups` (lists of Completions, (P, G) advantages) to `pixels`.
 
-    The image passes the vision tower once: the gradients of all groups gather on its features first. `old_logps`: what
-    the first update of this rollout batch returned; None in that first update, where the policy is the old policy.
-    Returns (metrics of the step, old_logps).
+    What sequences share at their front is computed once: the image passes the vision tower once a step, image and prompt
+    pass the language model once a group. The gradients of what follows gather there first (`cut`). A micro-batch has at
+    most `tokens` tokens, its prompt's included. `old_logps`: what the first update of this rollout batch returned; None in
+    that first update, where the policy is the old policy. Returns (metrics of the step, old_logps).
     """
     device = model.device
     picture, total_tokens = pixels.to_image(), sum(len(c.ids) for group in groups for c in group)
-    features, spec = tree_flatten(encode_image(model, processor, groups[0][0].prompt, pixels()))
-    leaves = [f.detach().float().requires_grad_() if torch.is_tensor(f) and f.requires_grad else f for f in features]
+    features, join_image = cut(encode_image(model, processor, groups[0][0].prompt, pixels()))
     metrics, gaps, new_old_logps = {"loss": 0.0}, [], []
     for group, group_advantage in zip(groups, advantages):
         inputs = model_inputs(processor, group[0].prompt, picture).to(device)
         if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
             raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
         inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "attention_mask")}
-        for part in range(0, len(group), micro_batch):
-            rows = group[part:part + micro_batch]
-            width = max(2, *(len(c.ids) for c in rows))                     # 1 would be taken for a decoding step
+        prefix, join_prefix = cut(run_prefix(model, inputs, features))
+        for rows in micro_batches([len(c.ids) for c in group], tokens - len(group[0].prompt_ids)):
+            part = [group[i] for i in rows]
+            width = max(2, *(len(c.ids) for c in part))                     # 1 would be taken for a decoding step
             pad = lambda values: torch.tensor([v + [0] * (width - len(v)) for v in values], device=device)        # noqa: E731
-            ids, mask = pad([c.ids for c in rows]), pad([[True] * len(c.ids) for c in rows]).bool()
-            sampled = pad([c.logps for c in rows])
-            logp = completion_logprobs(model, inputs, tree_unflatten(leaves, spec), ids, mask)
+            ids, mask = pad([c.ids for c in part]), pad([[True] * len(c.ids) for c in part]).bool()
+            sampled = pad([c.logps for c in part])
+            logp = completion_logprobs(model, inputs, features, prefix, ids, mask)
             old_logp = logp.detach() if old_logps is None else old_logps[len(new_old_logps)]
             new_old_logps.append(old_logp)
             gap = (old_logp - sampled).masked_fill(~mask, 0.0)              # trainer against engine, before any update
             gaps.append(gap[mask].abs())
             weight = gap.exp().clamp(max=weight_cap) if weight_cap else None
-            loss, part_metrics = dapo_loss(logp, old_logp, group_advantage[part:part + micro_batch].to(device), mask,
+            loss, part_metrics = dapo_loss(logp, old_logp, group_advantage[rows].to(device), mask,
                                            eps_low, eps_high, total_tokens, weight)
             loss.backward()
             for name, value in {"loss": loss.item(), **part_metrics}.items():
                 metrics[name] = metrics.get(name, 0.0) + value
-    graph = [(f, leaf.grad.to(f.dtype)) for f, leaf in zip(features, leaves) if torch.is_tensor(f) and leaf.grad is not None]
-    torch.autograd.backward(*zip(*graph))
+        join_prefix()
+    join_image()
     gaps = torch.cat(gaps)
     return {**metrics, "mismatch": gaps.mean().item(), "mismatch_max": gaps.max().item()}, new_old_logps
 
@@ -335,12 +387,12 @@ def load_model(name, device, trust_remote_code=False):
         raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)})."
                          ) if Path(name).exists() else hub_error(f"--model {name}", error) from error
     model = model.eval().requires_grad_(False).to(device)
-    states = []                                         # token_logprobs relies on it that the output matrix makes the logits
+    states = []                                         # TokenLogprobs relies on it that the output matrix makes the logits
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
     logits = model(torch.tensor([[0, 1]], device=device)).logits
     hook.remove()
     if not torch.equal(logits.float(), model.get_output_embeddings()(states[0]).float()):
-        raise InputError(f"--model {name}: it scales or caps the logits of its output matrix, which token_logprobs does not.")
+        raise InputError(f"--model {name}: it scales or caps the logits of its output matrix, which TokenLogprobs does not.")
     return model
 
 
@@ -433,7 +485,7 @@ def sample_groups(llm, processor, task, stream, image, args):
 
 
 # Of the flags, those that do not change what a step computes: a run may go on with others.
-FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "micro_batch", "trust_remote_code")
+FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch", "trust_remote_code")
 
 
 def train(args):
@@ -521,8 +573,8 @@ def loop(args, out):
             advantages, old_logps = group_advantages(rewards), None
             for _ in range(args.updates):
                 optimizer.zero_grad()
-                update, old_logps = backward(model, processor, pixels, groups, advantages, old_logps, args.micro_batch,
-                                             args.eps_low, args.eps_high, args.weight_cap)
+                update, old_logps = backward(model, processor, pixels, groups, advantages, old_logps,
+                                             args.tokens_per_microbatch, args.eps_low, args.eps_high, args.weight_cap)
                 update["grad_norm"] = nn.utils.clip_grad_norm_(pixels.parameters(), args.max_grad_norm or math.inf).item()
                 if wrong := [f"{name} {value}" for name, value in update.items() if not math.isfinite(value)]:
                     metrics["skipped"], note = 1, f"skipped: {', '.join(wrong)}  "
@@ -598,7 +650,8 @@ def parse_args():
     add("--max-new-tokens", type=at_least(1), default=512)
     add("--max-model-len", type=at_least(1), default=4096)
     add("--max-num-seqs", type=at_least(1, high=65536), default=256, help="sequences that vLLM runs at once")
-    add("--micro-batch", type=at_least(1), default=8, help="completions of one prompt in a trainer pass; fewer need less memory")
+    add("--tokens-per-microbatch", type=at_least(1), default=8192,
+        help="prompt and completion tokens in a trainer pass, which sets its memory; the default holds 8 x 512 and any prompt")
     add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")
     add("--validation", type=at_least(1), default=128, help="training examples set aside to choose best.png")
     add("--validate-every", type=at_least(1), default=10, help="steps between validations")

