@@ -324,7 +324,7 @@ models = [
 
 numbers = [(program, flag, low, high) for program, flags in {
     "art": [("--limit", 1, None), ("--rng", 0, None), ("--steps", 1, None), ("--warmup", 0, None), ("--group-size", 2, 1024), ("--prompts", 1, None), ("--updates", 1, None),
-            ("--rounds", 1, None), ("--overlong-cache", 0, None), ("--max-new-tokens", 1, None), ("--max-model-len", 1, None), ("--max-num-seqs", 1, 65536), ("--micro-batch", 1, None), ("--validation", 1, None),
+            ("--rounds", 1, None), ("--overlong-cache", 0, None), ("--max-new-tokens", 1, None), ("--max-model-len", 1, None), ("--max-num-seqs", 1, 65536), ("--tokens-per-microbatch", 1, None), ("--validation", 1, None),
             ("--validate-every", 1, None), ("--size", 1, 2048)],
     "eval": [("--limit", 1, None), ("--size", 1, 2048), ("--rng", 0, None), ("--max-new-tokens", 1, None), ("--max-model-len", 1, None)]}.items() for flag, low, high in flags]
 INVALID = "invalid number"

@@ -112,11 +112,11 @@ def test_a_sampled_logprob_that_is_no_number_cannot_hide(groups, model, processo
     assert not all(map(math.isfinite, metrics.values()))
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_a_completion_of_length_zero_changes_nothing(groups, model, processor, seed, micro_batch):
+@pytest.mark.parametrize("tokens", [1, 8192])
+def test_a_completion_of_length_zero_changes_nothing(groups, model, processor, seed, tokens):
     empty = art.Completion(groups[0][0].prompt, groups[0][0].prompt_ids, [], [], "", False)
     with_it, without = art.PixelLogits(seed), art.PixelLogits(seed)
-    art.backward(model, processor, with_it, [[*groups[0], empty], [*groups[1], empty]], torch.tensor([[1.0, -1, 1]] * 2), micro_batch=micro_batch)
+    art.backward(model, processor, with_it, [[*groups[0], empty], [*groups[1], empty]], torch.tensor([[1.0, -1, 1]] * 2), tokens=tokens)
     art.backward(model, processor, without, groups, torch.tensor([[1.0, -1]] * 2))
     assert (with_it.logits.grad - without.logits.grad).norm() < 1e-5 * without.logits.grad.norm()
 
