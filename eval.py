@@ -500,11 +500,12 @@ def png_bytes(picture):
 
 
 def png_notes(path):
-    """What is written in a picture file's text chunks, as strings by keyword; art.py writes `model`, `task` and more."""
+    """What is written in a picture file's text chunks, as printable strings by keyword; art.py writes `model`, `task` and more."""
     try:
         with Image.open(path) as picture:
             picture.load()                              # chunks may stand behind the pixels
-            return {str(k): str(v) for k, v in getattr(picture, "text", {}).items()}
+            clean = lambda text: "".join(c if c.isprintable() else " " for c in str(text)[:10_000])         # noqa: E731
+            return {clean(k): clean(v) for k, v in getattr(picture, "text", {}).items()}
     except (OSError, ValueError, SyntaxError):
         return {}
 
@@ -867,6 +868,9 @@ def main(args):
     if not saved["tasks"]:
         raise InputError("no arm is given: name a picture file, none, random or string:N, or an --out file with scores.")
     print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in saved["settings"].items() if v is not None))
+    for name in pictures:
+        if notes := png_notes(name):
+            print(f"{name}: " + ", ".join(f"{k} {notes[k]}" for k in ("model", "task", "step", "validation") if k in notes))
     for task, scored in saved["tasks"].items():
         if args.baseline and args.baseline not in scored:
             raise InputError(f"--baseline {args.baseline}: it is none of the arms, {', '.join(scored)}.")

@@ -170,7 +170,8 @@ def test_the_png_knows_what_it_is(tmp_path):
     info = run(ROOT / "eval.py", "--info", tmp_path / "a b.png", "seed.png")
     assert info.returncode == 0 and "  task: gsm8k\n" in info.stdout and "seed.png: 256 x 256, " in info.stdout
     scored = run(ROOT / "eval.py", tmp_path / "a b.png", "--data", data("gsm8k", "test"), "--limit", 4, *QUICK[2:-1])
-    assert scored.returncode == 0 and "gsm8k, n = 4" in scored.stdout and str(TINY) in scored.stdout, scored.stderr
+    assert scored.returncode == 0 and "gsm8k, n = 4" in scored.stdout, scored.stderr
+    assert f"a b.png: model {TINY}, task gsm8k, step 7\n" in scored.stdout
     assert "no picture tells its task: choose among gsm8k, gpqa, toolmind" in refused(ROOT / "eval.py", "seed.png")
 
 
