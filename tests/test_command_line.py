@@ -62,7 +62,8 @@ def run_to_step_2(out):
     """A long run that has just printed its second step."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "art.py"), "--task", "gsm8k", *QUICK, data("gsm8k", "train"), "--out", str(out), "--steps", "500",
-         "--prompts", "4", "--validation", "16"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+         "--prompts", "4", "--validation", "16"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))        # ignored, where a shell put the tests aside
     for line in process.stdout:
         if line.startswith("step    2"):
             break
