@@ -26,6 +26,7 @@ import random
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -161,11 +162,11 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
     ratio = torch.exp((logp - old_logp).masked_fill(~mask, 0.0))                        # (N, T)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
     if weight is not None:
-        surrogate = surrogate * weight
+        surrogate = surrogate * weight.detach()
     clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
     metrics = {"clip_fraction": (clipped & mask).sum().item() / int(total_tokens),
                "ratio": (ratio.detach() * mask).sum().item() / int(total_tokens)}
-    return -(surrogate * mask).sum() / total_tokens, metrics
+    return -surrogate.masked_fill(~mask, 0.0).sum() / total_tokens, metrics
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -397,10 +398,14 @@ def load_model(name, device, trust_remote_code=False):
 
 
 def split_validation(examples, count):
-    """(training examples, validation examples): about `count` of them by the hashes of their keys, which are not cut."""
-    keys = sorted({e["key"] for e in examples}, key=lambda k: key_hash("validation " + k))
-    chosen = set(keys[:max(1, round(len(keys) * count / len(examples)))])
-    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen][:count]
+    """(training examples, validation examples): at most `count`, by the hashes of their keys; rows of one key stay together."""
+    sizes, chosen, left = Counter(e["key"] for e in examples), set(), count
+    for key in sorted(sizes, key=lambda k: key_hash("validation " + k)):
+        if sizes[key] <= left:
+            chosen.add(key)
+            left -= sizes[key]
+    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen]
+
 
 
 def save(data, path):
@@ -435,7 +440,7 @@ def load_state(path, settings, shape):
         if not other and any(t.shape not in (shape, ()) or not t.isfinite().all() for t in [tensors["logits"], *tensors.values()]):
             raise ValueError("its tensors do not fit")
     except FileNotFoundError as error:
-        raise InputError(f"--resume: there is no {path}, so no run to go on with; start it without --resume.") from error
+        raise InputError(f"--resume: there is no {path}, so no run to go on with; start one without --resume, in another --out.") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--resume: {path} cannot be read as the state of a run ({first_line(error)}).") from error
     if other:
@@ -484,7 +489,7 @@ def sample_groups(llm, processor, task, stream, image, args):
                                          "sampled_groups": len(seen) // args.group_size}
 
 
-# Of the flags, those that do not change what a step computes: a run may go on with others.
+# Of the flags, those that do not change what a step computes, but for rounding: a run may go on with others.
 FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch", "trust_remote_code")
 
 
@@ -501,7 +506,7 @@ def train(args):
         loop(args, out)
     finally:
         os.close(folder)
-        if not os.listdir(out):                                     # a wrong input leaves nothing behind
+        if not os.listdir(out):                                     # a wrong input leaves no empty folder
             out.rmdir()
 
 
@@ -518,13 +523,13 @@ def loop(args, out):
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= {"seed": f"of hash {key_hash(seed.numpy().tobytes().hex()):x}", "data": f"of hash {key_hash(repr(examples)):x}"}
     examples, validation = split_validation(examples, args.validation)
-    if len(examples) < args.prompts:
+    if len(examples) < args.prompts or not validation:
         raise InputError(f"--task {args.task}: {len(examples)} training examples are left beside {len(validation)} for "
                          f"validation, fewer than --prompts {args.prompts}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pixels = PixelLogits(seed, args.max_change).to(device)
     seed_image = pixels.to_image()
-    # The paper's betas and weight decay are not known to us; any decay would pull the picture to grey.
+    # The paper's betas, eps and weight decay are not known to us; any decay would pull the picture to grey.
     optimizer = torch.optim.AdamW(pixels.parameters(), lr=args.lr, weight_decay=0.0)
     done = []                                                       # the metrics of each step
     write_metrics = lambda: save("".join(json.dumps(m) + "\n" for m in done).encode(), out / "metrics.jsonl")       # noqa: E731
@@ -631,7 +636,7 @@ def parse_args():
     add("--rng", type=at_least(0), default=0, help="random number seed")
     add("--resume", action="store_true", help="go on with the run in --out, exactly; give its other flags again (--steps may grow)")
     add("--trust-remote-code", action="store_true", help="run code that the model brings along")
-    # Known from the paper
+    # Known from the paper (of --prompts, the product with --group-size)
     add("--size", type=at_least(1, high=2048), default=256, help="side of the image: 256 is 64 tokens, and the least Qwen3.5 does not resize")
     add("--steps", type=at_least(1), default=100)
     add("--lr", type=at_least(0, float), default=0.1, help="AdamW, constant after --warmup steps")

@@ -602,12 +602,13 @@ def model_inputs(processor, text, image=None):
     return processor(text=[text], images=None if image is None else [image], return_tensors="pt", **TEMPLATED)
 
 
-def fitting(processor, task, examples, max_tokens, picture):
-    """The examples whose prompt behind `picture` has at most `max_tokens` tokens; says how many were left out."""
+def fitting(processor, task, examples, max_tokens, picture, string=0):
+    """The examples whose prompt has at most `max_tokens` tokens behind `picture`, or behind `string` random tokens if these
+    are more; says how many were left out."""
     def tokens(example, picture=None):
         return model_inputs(processor, prompt_text(processor, task, example, picture is not None), picture)["input_ids"].shape[1]
-    image_tokens = tokens(examples[0], picture) - tokens(examples[0])
-    kept = [e for e in examples if tokens(e) + image_tokens <= max_tokens]
+    more = max(tokens(examples[0], picture) - tokens(examples[0]), string)
+    kept = [e for e in examples if tokens(e) + more <= max_tokens]
     if len(kept) < len(examples):
         print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: their prompts are longer than "
               f"{max_tokens} tokens (--max-model-len less --max-new-tokens)", file=sys.stderr)
@@ -643,7 +644,7 @@ def arm_requests(processor, task, examples, arm, rng=0, size=256):
 
 def random_string(tokenizer, count, *seed):
     """Text of `count` random ordinary tokens that is tokenised into these again."""
-    rng, ids, special = np.random.default_rng(seed), [], set(tokenizer.all_special_ids)
+    rng, ids, special = np.random.default_rng(seed), [], {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     while len(ids) < count:
         more = [*ids, int(rng.integers(len(tokenizer)))]
         if more[-1] not in special and tokenizer.encode(tokenizer.decode(more), add_special_tokens=False) == more:
@@ -660,20 +661,26 @@ def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
             for output in generate(llm, prompts, pictures, SamplingParams(**sampling), progress)]
 
 
-def wire(message, picture):
-    """A chat message as the OpenAI protocol has it: pictures are data URLs, and the arguments of calls are JSON text."""
-    def part(p):
-        return {"type": "image_url", "image_url": {"url": picture}} if p["type"] == "image" else p
-    calls = [{**c, "id": f"call-{i}", "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}}
-             for i, c in enumerate(message.get("tool_calls", []))]
-    return {"role": message["role"], "content": list(map(part, message["content"])), **({"tool_calls": calls} if calls else {}),
-            **({"tool_call_id": "call-0"} if message["role"] == "tool" else {})}
+def wire(messages, picture):
+    """Chat messages as the OpenAI protocol has them: `picture` is a data URL, the arguments of calls are JSON text, calls and
+    their results bear ids."""
+    wired, ids = [], iter(())
+    for message in messages:
+        content = [{"type": "image_url", "image_url": {"url": picture}} if part["type"] == "image" else part
+                   for part in message["content"]]
+        calls = [{**call, "id": f"call-{len(wired)}-{i}",
+                  "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+                 for i, call in enumerate(message.get("tool_calls", []))]
+        ids = iter([call["id"] for call in calls]) if calls else ids
+        wired.append({"role": message["role"], "content": content, **({"tool_calls": calls} if calls else {}),
+                      **({"tool_call_id": next(ids, "call")} if message["role"] == "tool" else {})})
+    return wired
 
 
 def ask_server(url, model, requests, sampling=GREEDY, parallel=64):
     """The same from an OpenAI-compatible server, such as vLLM's, `parallel` requests at a time. Raises InputError.
 
-    Failures are retried five times with growing pauses.
+    Failures are retried five times with growing pauses. The tokens of several samples are their mean.
     """
     import openai
     client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5, timeout=600)
@@ -683,10 +690,11 @@ def ask_server(url, model, requests, sampling=GREEDY, parallel=64):
         messages, tools, picture = request
         # Calls are read from the text, as in process: the server is not to parse them.
         response = client.chat.completions.create(
-            model=model, messages=[wire(m, links.get(id(picture))) for m in messages], **sampling,
+            model=model, messages=wire(messages, links.get(id(picture))), top_p=1.0, **sampling,
             **({"tools": tools, "tool_choice": "none"} if tools else {}),
-            extra_body={"chat_template_kwargs": {"enable_thinking": False}})
-        return [(c.message.content or "", response.usage.completion_tokens // sampling["n"], c.finish_reason == "length")
+            # The server would take what is not said from the model's generation_config.
+            extra_body={"chat_template_kwargs": {"enable_thinking": False}, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0})
+        return [(c.message.content or "", response.usage.completion_tokens / sampling["n"], c.finish_reason == "length")
                 for c in response.choices]
     try:
         with ThreadPoolExecutor(parallel) as pool:
@@ -731,22 +739,23 @@ def bootstrap_interval(scores, keys=None, resamples=10_000, level=0.95, seed=0):
     return scores.mean(), *np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
 
 
-def mcnemar(scores, baseline):
-    """Exact two-sided p-value of two arms' scores (0 or 1) on the same questions: the sign test of those that differ."""
-    won, lost = (sum(x > y for x, y in zip(*pair)) for pair in ((scores, baseline), (baseline, scores)))
+def mcnemar(scores, baseline, keys):
+    """Exact two-sided p-value of two arms' scores (0 or 1) on the same questions: the sign test of those that differ. Rows with
+    the same key count as one, by the sign of their summed difference."""
+    difference = Counter()
+    for key, score, other in zip(keys, scores, baseline):
+        difference[key] += score - other
+    won, lost = sum(d > 0 for d in difference.values()), sum(d < 0 for d in difference.values())
     return min(1.0, float(Fraction(2 * sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1)), 2 ** (won + lost))))
 
 
 def report(task, arms, baseline=None):
     """Print the table of a task's `arms`, {name: {"bytes": of its pixels or None, "results": by `judge`}}, and their paired
     differences to `baseline` (None: the first)."""
-    first = next(iter(arms))
+    first = baseline if baseline in arms else next(iter(arms))
     keys, samples = [r["key"] for r in arms[first]["results"]], len(arms[first]["results"][0]["score"])
     mean = {arm: [float(np.mean(r["score"])) for r in a["results"]] for arm, a in arms.items()}
-    if any([r["key"] for r in a["results"]] != keys for a in arms.values()):
-        raise InputError(f"{task}: the arms were scored on different questions, since prompts that were too long were left out: "
-                         "score all arms in one call.")
-    width = max(map(len, [*arms, f"less {baseline or first}"]))
+    width = max(map(len, [*arms, f"less {first}"]))
     print(f"\n{f'{task}, n = {len(keys)}':{width}}  accuracy %  95 % interval   " + f"pass@{samples} %  " * (samples > 1)
           + "tokens  unreadable %  cut %  PNG bytes")
     for arm, a in arms.items():
@@ -755,13 +764,13 @@ def report(task, arms, baseline=None):
         tokens, readable, cut = (np.mean([r[k] for r in a["results"]]) for k in ("tokens", "readable", "cut"))
         print(f"{arm:{width}}  {accuracy:10.2f}  [{low:6.2f}, {high:6.2f}]  {passed}{tokens:6.1f}  {100 * (1 - readable):12.1f}  "
               f"{100 * cut:5.1f}  {a['bytes'] or '-':>9}")
-    others = [arm for arm in arms if arm != (baseline or first)]
+    others = [arm for arm in arms if arm != first]
     if others:
-        print(f"{f'less {baseline or first}':{width}}      points  95 % interval     McNemar p")
+        print(f"{f'less {first}':{width}}      points  95 % interval     McNemar p")
     for arm in others:
-        points, low, high = (100 * x for x in bootstrap_interval(np.subtract(mean[arm], mean[baseline or first]), keys))
+        points, low, high = (100 * x for x in bootstrap_interval(np.subtract(mean[arm], mean[first]), keys))
         print(f"{arm:{width}}  {points:+10.2f}  [{low:+6.2f}, {high:+6.2f}]  "
-              + (f"{mcnemar(mean[arm], mean[baseline or first]):10.2g}" if samples == 1 else f"{'-':>10}"))
+              + (f"{mcnemar(mean[arm], mean[first], keys):10.2g}" if samples == 1 else f"{'-':>10}"))
 
 
 def at_least(low, kind=int, high=2**31):
@@ -788,24 +797,55 @@ def exit_with(main):
         sys.exit(130)
 
 
-def score_arms(args, jobs):
-    """Yield (task, arm's name, results) for `jobs`, [(task, name, arm)]: one engine, and all requests handed over at once."""
+def read_results(path):
+    """What an earlier call with --out `path` kept, or an empty frame. Raises InputError."""
+    try:
+        saved = json.loads(Path(path).read_text()) if path and Path(path).exists() else {"settings": {}, "tasks": {}}
+        if not all(a["results"] and "questions" in a for arms in saved["tasks"].values() for a in arms.values()):
+            raise ValueError("an arm without results")
+        return saved
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--out {path}: it is no file of results ({first_line(error)}); name another.") from error
+
+
+def write_results(path, saved):
+    try:
+        Path(f"{path}.tmp").write_text(json.dumps(saved))
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        raise InputError(f"--out {path}: it cannot be written ({error.strerror}).") from error
+
+
+def score_arms(args, arms, pictures, saved):
+    """Score those of `arms` that `saved` does not hold, with one engine that gets all requests at once, and add them to it."""
     sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty,
                     n=args.samples)
-    examples = {name: TASKS[name].load("test", data, args.limit) for name, data in zip(args.task, args.data or repeat(None))}
-    processor = load_processor(args.model)
-    pictures = [arm for _, _, arm in jobs if isinstance(arm, Image.Image)] + [random_picture(args.size, 0)]
-    largest = max(pictures, key=lambda p: p.width * p.height)
-    for name in examples:
-        examples[name] = fitting(processor, TASKS[name], examples[name], args.max_model_len - args.max_new_tokens, largest)
-    requests = [arm_requests(processor, TASKS[task], examples[task], arm, args.rng, args.size) for task, _, arm in jobs]
+    served = args.server and served_model(args.server)
+    processor = load_processor(args.model or served, args.trust_remote_code)
+    largest = max([*(arm for arm in arms.values() if isinstance(arm, Image.Image)), random_picture(args.size, 0)],
+                  key=lambda p: p.width * p.height)
+    string = max(int(name[7:]) + 2 if name.startswith("string:") else 0 for name in arms)
+    examples, jobs = {}, []
+    for task, data in zip(args.task, args.data or repeat(None)):
+        examples[task] = fitting(processor, TASKS[task], TASKS[task].load("test", data, args.limit),
+                                 args.max_model_len - args.max_new_tokens, largest, string)
+        held, questions = saved["tasks"].setdefault(task, {}), f"{key_hash(repr(examples[task])):x}"
+        if any(a["questions"] != questions for a in held.values()):
+            raise InputError(f"--out {args.out}: its arms answered other questions of {task} (other data, or other prompts that were "
+                             "too long): name another file.")
+        jobs += [(task, name, questions) for name in arms if held.get(name, {"sha256": ""})["sha256"] != pictures[name]["sha256"]]
+    requests = [arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size) for task, name, _ in jobs]
+    if not jobs:
+        return
     if args.server:
-        completions = iter(ask_server(args.server, args.model, sum(requests, []), sampling))
+        completions = iter(ask_server(args.server, served, sum(requests, []), sampling))
     else:
-        llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization)
+        llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
+                          trust_remote_code=args.trust_remote_code)
         completions = iter(ask_engine(llm, processor, sum(requests, []), sampling, progress=sys.stderr.isatty()))
-    for (task, name, _), asked in zip(jobs, requests):
-        yield task, name, judge(TASKS[task], examples[task], list(islice(completions, len(asked))))
+    for (task, name, questions), asked in zip(jobs, requests):
+        saved["tasks"][task][name] = {**pictures[name], "questions": questions, "results": judge(
+            TASKS[task], examples[task], list(islice(completions, len(asked))))}
 
 
 def parse_args():
@@ -822,29 +862,34 @@ def parse_args():
     add("--limit", type=at_least(1), help="score the first LIMIT questions only")
     add("--samples", type=at_least(1), default=1, help="completions of each question; more than one need a --temperature")
     add("--temperature", type=at_least(0, float, 2), default=0.0, help="0 is greedy")
-    add("--size", type=at_least(1, high=2048), default=256, help="side of the `random` pictures, in pixels")
+    add("--size", type=at_least(1, high=2048), help="side of the `random` pictures in pixels (default: the first picture's, or 256)")
     add("--rng", type=at_least(0), default=0, help="random number seed of the `random` and `string` arms")
     add("--max-new-tokens", type=at_least(1), default=512)
     add("--max-model-len", type=at_least(1), default=4096)
     add("--presence-penalty", type=at_least(-2, float, 2), default=1.0, help="1.0 as in the paper's evaluation")
     add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.9)
+    add("--trust-remote-code", action="store_true", help="run code that the model brings along")
     return parser.parse_args()
 
 
 def main(args):
-    saved = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).exists() else {"settings": {}, "tasks": {}}
+    saved = read_results(args.out)
     arms = {name: name if re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name) else open_picture(name) for name in args.arms}
-    pictures = {name: {"bytes": len(png_bytes(arm)), "sha256": hashlib.sha256(arm.tobytes()).hexdigest()}
-                for name, arm in arms.items() if isinstance(arm, Image.Image)}
+    # Of each arm: bytes and hash of its pixels, None where it has none of its own
+    of_pixels = {name: {"bytes": len(png_bytes(arm)), "sha256": hashlib.sha256(arm.tobytes()).hexdigest()}
+                 if isinstance(arm, Image.Image) else {"bytes": None, "sha256": None} for name, arm in arms.items()}
+    files = [name for name, arm in arms.items() if isinstance(arm, Image.Image)]
     if args.info:
-        for name in pictures:
+        for name in files:
             print(f"{name}: {arms[name].width} x {arms[name].height}, {os.path.getsize(name)} bytes, "
-                  f"{pictures[name]['bytes']} of them pixels")
+                  f"{of_pixels[name]['bytes']} of them pixels")
             for key, value in png_notes(name).items():
                 print(f"  {key}: {value}")
         return
+    if args.baseline and args.baseline not in {*arms, *(name for held in saved["tasks"].values() for name in held)}:
+        raise InputError(f"--baseline {args.baseline}: it is none of the arms.")
     if arms:
-        notes = next(map(png_notes, pictures), {})
+        notes = next(map(png_notes, files), {})
         args.task = args.task or [notes.get("task")]
         if args.task[0] not in TASKS:
             raise InputError(f"--task is missing, and no picture tells its task: choose among {', '.join(TASKS)}.")
@@ -852,29 +897,26 @@ def main(args):
             raise InputError(f"--data: {len(args.data)} files for {len(args.task)} tasks; give one for each task, in their order.")
         if args.samples > 1 and not args.temperature:
             raise InputError("--samples: greedy completions are all the same; give a --temperature, for instance 1.")
-        args.model = args.model or (served_model(args.server) if args.server else notes.get("model") or "Qwen/Qwen3.5-0.8B")
-        settings = {k: getattr(args, k) for k in ("model", "data", "limit", "samples", "temperature", "size", "rng", "max_new_tokens",
+        args.model = args.model or (None if args.server else notes.get("model") or "Qwen/Qwen3.5-0.8B")
+        args.size = args.size or next((arms[name].width for name in files), 256)
+        settings = {k: getattr(args, k) for k in ("model", "server", "samples", "temperature", "size", "rng", "max_new_tokens",
                                                   "max_model_len", "presence_penalty")}
         if saved["tasks"] and saved["settings"] != settings:
             raise InputError(f"--out {args.out}: its scores were made with other settings ({saved['settings']}): name another file.")
-        jobs = [(task, name, arm) for task in args.task for name, arm in arms.items()
-                if saved["tasks"].get(task, {}).get(name, {}).get("sha256", "") != pictures.get(name, {}).get("sha256")]
         saved["settings"] = settings
-        for task, name, results in score_arms(args, jobs) if jobs else ():
-            saved["tasks"].setdefault(task, {})[name] = {**pictures.get(name, {"bytes": None, "sha256": None}), "results": results}
+        if args.out and not saved["tasks"]:
+            write_results(args.out, saved)                  # that it cannot be written is said before the work, not after it
+        score_arms(args, arms, of_pixels, saved)
         if args.out:
-            Path(f"{args.out}.tmp").write_text(json.dumps(saved))
-            os.replace(f"{args.out}.tmp", args.out)
+            write_results(args.out, saved)
     if not saved["tasks"]:
         raise InputError("no arm is given: name a picture file, none, random or string:N, or an --out file with scores.")
     print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in saved["settings"].items() if v is not None))
-    for name in pictures:
+    for name in files:
         if notes := png_notes(name):
             print(f"{name}: " + ", ".join(f"{k} {notes[k]}" for k in ("model", "task", "step", "validation") if k in notes))
-    for task, scored in saved["tasks"].items():
-        if args.baseline and args.baseline not in scored:
-            raise InputError(f"--baseline {args.baseline}: it is none of the arms, {', '.join(scored)}.")
-        report(task, scored, args.baseline)
+    for task, held in saved["tasks"].items():
+        report(task, held, args.baseline or next(iter(arms), None))
 
 
 if __name__ == "__main__":

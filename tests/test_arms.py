@@ -110,12 +110,40 @@ def test_a_paired_difference_is_sharper_than_two_intervals():
 @pytest.mark.parametrize("won, lost, p", [(0, 0, 1), (5, 0, 2 / 32), (1, 0, 1), (9, 1, 2 * 11 / 1024), (4, 4, 1), (620, 580, None)])
 def test_mcnemar_is_the_exact_sign_test(won, lost, p):
     a, b = [1] * won + [0] * lost + [1, 0], [0] * won + [1] * lost + [1, 0]
-    assert tasks.mcnemar(a, b) == tasks.mcnemar(b, a)
+    p_value = tasks.mcnemar(a, b, range(len(a)))
+    assert p_value == tasks.mcnemar(b, a, range(len(a)))
     if p is None:                                                                       # large n: near the normal approximation
         p = math.erfc((won - lost - 1) / math.sqrt(2 * (won + lost)))
-        assert tasks.mcnemar(a, b) == pytest.approx(p, rel=0.05)
+        assert p_value == pytest.approx(p, rel=0.05)
     else:
-        assert tasks.mcnemar(a, b) == pytest.approx(p)
+        assert p_value == pytest.approx(p)
+
+
+def test_mcnemar_counts_a_conversation_once():
+    """Twenty rows of one conversation say as much as one, as they do in the interval beside it."""
+    assert tasks.mcnemar([1.0] * 20 + [1.0], [0.0] * 20 + [1.0], ["a"] * 20 + ["b"]) == 1
+
+
+def test_random_strings_hold_no_control_tokens_and_must_fit(processor):
+    texts = [tasks.random_string(processor.tokenizer, 8, i) for i in range(300)]
+    assert not [t for t in texts if "<|" in t or "<tool_call>" in t or "<think>" in t]
+    sentence = refused(ROOT / "eval.py", "string:600", "--task", "gsm8k", *QUICK, data("gsm8k", "test"))
+    assert "every prompt is longer than 464 tokens" in sentence
+
+
+def test_results_of_other_questions_are_not_mixed(results, tmp_path):
+    """Another server, other data under the same name, a file that is none: refused before any work."""
+    file, rows = tmp_path / "results.json", tmp_path / "rows.jsonl"
+    rows.write_text("".join(open(data("gsm8k", "test")).readlines()[:4]))
+    command = [ROOT / "eval.py", "none", "--task", "gsm8k", *QUICK, rows, "--out", file]
+    assert run(*command).returncode == 0
+    assert "made with other settings" in refused(*command, "--server", "http://127.0.0.1:9/v1")
+    rows.write_text("".join(open(data("gsm8k", "test")).readlines()[1:5]))
+    assert "answered other questions of gsm8k" in refused(*command)
+    assert run(ROOT / "eval.py", "--out", file).returncode == 0                                     # and it is whole
+    file.write_text('{"a":')
+    assert "it is no file of results" in refused(*command)
+    assert "cannot be written" in refused(*command[:-1], tmp_path / "nowhere" / "results.json")
 
 
 @pytest.fixture(scope="module")
