@@ -1,6 +1,6 @@
 """What a step of ART costs, beside LoRA on the same sequences and beside what the arithmetic alone would take.
 
-    python tests/bench.py                      # all tables; without a GPU some 9 minutes of processor time
+    python tests/bench.py                      # all tables; without a GPU some 15 minutes of processor time
     python tests/bench.py trainer --full       # only the trainer, with the whole of Qwen3.5-0.8B's shape: for a GPU
 
 Weights are random, for speed and memory do not depend on them. Every table is of one run: the ways take turns, and of each
@@ -205,7 +205,7 @@ def floor_flops(model, prompt_tokens, completion_tokens, group_size):
 # Tables
 
 def group_bytes(way, model, processor, batch, group_size):
-    """Memory of a pass of `group_size` sequences that share nothing, from those of one and of two: each further one adds as much."""
+    """Memory of a pass of `group_size` sequences that share nothing, from those of one and two: each further one adds as much."""
     pixels, groups, advantages = batch
     one, two = (peak_bytes(lambda: way(model, processor, pixels, [groups[0][:n]], advantages[:, :n])) for n in (1, 2))
     return one + (group_size - 1) * (two - one)
@@ -242,7 +242,8 @@ def trainer_table(name, model, processor, shapes, repetitions, alone=False):
                 continue
             took, mine = median(spent[way]), median(spent["ours"])
             print(f"| {shape} | {group_size} | {way} | {took:.2f} | {took / mine:.2f} | {held[way] / 1e9:.2f} | "
-                  f"{held[way] / held['ours']:.2f} | " + (f"{least:.2f} | {mine / least:.2f} |" if way == "ours" else "| |"), flush=True)
+                  f"{held[way] / held['ours']:.2f} | "
+                  + (f"{least:.2f} | {mine / least:.2f} |" if way == "ours" else "| |"), flush=True)
 
 
 def growth_table(processor, repetitions):

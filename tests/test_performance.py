@@ -6,7 +6,9 @@ import torch
 import art
 import bench
 from conftest import TINY
-from eval import model_inputs
+from eval import load_processor, model_inputs, prompt_text, TASKS
+from families import FAMILIES, make
+from family_step import plain_gradient
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,34 @@ def test_micro_batches_meet_again_in_the_prefix_which_runs_once(batch, model, pr
         calls.update(dict.fromkeys(calls, 0))
         assert far(gradient(batch, art.backward, model, processor, tokens=tokens), whole) < 1e-5
         assert calls == {"encode_image": 1, "run_prefix": 2, "completion_logprobs": passes}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name][-1]])
+def test_micro_batches_give_the_plain_gradient_in_every_family(name, tmp_path, questions):
+    """Two groups of completions of 3 to 9 tokens, whole and in micro-batches, against each sequence alone (float32)."""
+    make(name, tmp_path)
+    processor, model = load_processor(tmp_path), art.load_model(tmp_path, "cpu")
+    torch.manual_seed(0)
+    size = FAMILIES[name][-1]
+    pixels, groups = art.PixelLogits(torch.randint(256, (3, size, size), dtype=torch.uint8)), []
+    for question in questions[:2]:
+        prompt = prompt_text(processor, TASKS["gsm8k"], question)
+        ids = model_inputs(processor, prompt, pixels.to_image())["input_ids"][0].tolist()
+        groups.append([art.Completion(prompt, ids, torch.randint(30, 250, (n,)).tolist(), [-5.0] * n, "", False)
+                       for n in (9, 3, 6)])
+    batch = pixels, groups, torch.randn(2, 3)
+    expected, _ = plain_gradient(model, processor, *batch)
+    for tokens in (8192, len(groups[0][0].prompt_ids) + 12, 1):
+        distance = far(gradient(batch, art.backward, model, processor, tokens=tokens), expected)
+        print(name, tokens, f"{distance:.1e}")
+        assert distance < 1e-5
+
+
+def test_without_a_shareable_cache_the_gradient_is_the_same(batch, model, processor, monkeypatch):
+    expected = gradient(batch, art.backward, model, processor)
+    monkeypatch.setattr(art, "SHAREABLE", set())
+    with pytest.warns(UserWarning, match="no shared prefix"):
+        assert far(gradient(batch, art.backward, model, processor, tokens=130), expected) < 1e-5
 
 
 def test_the_ways_that_are_compared_do_the_same_work(model, processor):
