@@ -62,7 +62,7 @@ def main(name, lr):
     optimizer = torch.optim.AdamW([soft.logits], lr=lr, weight_decay=0.0)
     order, args = random.Random(0), argparse.Namespace(prompts=PROMPTS, rounds=ROUNDS, group_size=GROUP, overlong_cache=0,
                                                        max_new_tokens=MAX_NEW_TOKENS)
-    stream = chain.from_iterable(order.sample(examples, len(examples)) for _ in repeat(None))
+    stream = enumerate(chain.from_iterable(order.sample(examples, len(examples)) for _ in repeat(None)))     # (seed, example)
 
     def score(when):
         scores = [r["score"] for r in tasks.evaluate(llm, processor, task, test, soft.request())]
