@@ -38,7 +38,7 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path):
     """A short run from a folder with a space in its name: files, metrics, panel, and a better picture by its own slice."""
     out = tmp_path / "a run"
     command = [ROOT / "art.py", "--task", "gsm8k", "--seed", ROOT / "seed.png", *QUICK, data("gsm8k", "train"), "--out", out,
-               "--steps", 8, "--prompts", 8, "--validate-every", 4, "--updates", 2]
+               "--steps", 8, "--prompts", 8, "--validate-every", 4, "--updates", 4]
     result = run(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(p.name for p in out.iterdir()) == ["best.png", "last.png", "metrics.jsonl", "panel.png", "state.safetensors"]
@@ -48,6 +48,7 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path):
     assert list(validation) == [0, 4, 8] and max(validation.values()) >= validation[0] + 0.1
     assert np.mean([s["score"] for s in steps[6:]]) > np.mean([s["score"] for s in steps[1:4]]) + 0.05
     assert steps[1]["lr"] == pytest.approx(0.02) and steps[5]["lr"] == pytest.approx(0.1)
+    assert max(m["clip_fraction"] for m in steps[1:]) > 0                   # of the last of four updates: the clip works
     for key in ("reward", "groups", "mismatch", "mismatch_max", "clip_fraction", "grad_norm", "moved", "loss", "cut", "length"):
         assert np.isfinite(steps[-1][key])
     best, last = (Image.open(out / f"{n}.png") for n in ("best", "last"))

@@ -42,6 +42,14 @@ def test_shared_prefix_gives_the_plain_gradient(groups, model, processor, seed, 
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
 
 
+def test_the_gradient_is_that_of_double_precision(groups, model, processor, seed):
+    """The slow loop in float64, but for the gated delta net's kernel, which transformers computes in float32."""
+    fast, slow = art.PixelLogits(seed), art.PixelLogits(seed)
+    art.backward(model, processor, fast, *groups)
+    expected, _, _ = plain_gradient(copy.deepcopy(model).double(), processor, slow, *groups)
+    assert (fast.logits.grad - expected).norm() < 1e-5 * expected.norm()
+
+
 def test_gradient_reaches_every_pixel(groups, model, processor, seed):
     pixels = art.PixelLogits(seed)
     art.backward(model, processor, pixels, *groups)
