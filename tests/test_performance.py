@@ -91,7 +91,7 @@ def test_micro_batches_give_the_plain_gradient_in_every_family(name, tmp_path, q
         groups.append([art.Completion(prompt, ids, torch.randint(30, 250, (n,)).tolist(), [-5.0] * n, "", False)
                        for n in (9, 3, 6)])
     batch = pixels, groups, torch.randn(2, 3)
-    expected, _ = plain_gradient(model, processor, *batch)
+    expected, _, _ = plain_gradient(model, processor, *batch)
     for tokens in (8192, len(groups[0][0].prompt_ids) + 12, 1):
         distance = far(gradient(batch, art.backward, model, processor, tokens=tokens), expected)
         print(name, tokens, f"{distance:.1e}")
