@@ -822,8 +822,8 @@ def score_arms(args, arms, pictures, saved):
                     n=args.samples)
     served = args.server and served_model(args.server)
     processor = load_processor(args.model or served, args.trust_remote_code)
-    largest = max([*(arm for arm in arms.values() if isinstance(arm, Image.Image)), random_picture(args.size, 0)],
-                  key=lambda p: p.width * p.height)
+    pictures_seen = [random_picture(args.size, 0) if arm == "random" else arm for arm in arms.values()]
+    largest = max((p for p in pictures_seen if isinstance(p, Image.Image)), key=lambda p: p.width * p.height, default=None)
     string = max(int(name[7:]) + 2 if name.startswith("string:") else 0 for name in arms)
     examples, jobs = {}, []
     for task, data in zip(args.task, args.data or repeat(None)):
@@ -898,7 +898,7 @@ def main(args):
         if args.samples > 1 and not args.temperature:
             raise InputError("--samples: greedy completions are all the same; give a --temperature, for instance 1.")
         args.model = args.model or (None if args.server else notes.get("model") or "Qwen/Qwen3.5-0.8B")
-        args.size = args.size or next((arms[name].width for name in files), 256)
+        args.size = args.size or min(2048, next((arms[name].width for name in files), 256))
         settings = {k: getattr(args, k) for k in ("model", "server", "samples", "temperature", "size", "rng", "max_new_tokens",
                                                   "max_model_len", "presence_penalty")}
         if saved["tasks"] and saved["settings"] != settings:
