@@ -18,7 +18,6 @@ Left out of the textbook: reference model and KL term (beta = 0 in the paper), v
 
 import argparse
 import fcntl
-import io
 import json
 import math
 import os
@@ -45,7 +44,8 @@ from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from eval import (TASKS, InputError, at_least, evaluate, exit_with, first_line, fitting, generate, hub_error, key_hash,
-                  load_engine, load_processor, model_inputs, open_picture, prompt_text, random_picture, user_turn)
+                  load_engine, load_processor, model_inputs, open_picture, png_bytes, prompt_text, random_picture, save,
+                  user_turn)
 
 __version__ = "1.0"
 
@@ -408,26 +408,12 @@ def split_validation(examples, count):
 
 
 
-def save(data, path):
-    """Write bytes whole or not at all: no kill or full disk leaves a broken file. Raises InputError."""
-    unfinished = Path(path).with_name("unfinished.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"{path}: it cannot be written ({error.strerror}); what was there before is whole.") from error
-
-
 def save_png(image, path, notes={}):
     """Write a PNG with `notes` in its text chunks."""
     chunks = PngInfo()
     for keyword, text in notes.items():
         chunks.add_text(keyword, str(text))
-    image.save(buffer := io.BytesIO(), format="PNG", optimize=True, pnginfo=chunks)
-    save(buffer.getvalue(), path)
+    save(png_bytes(image, chunks), path)
 
 
 def load_state(path, settings, shape):

@@ -493,9 +493,9 @@ def open_picture(path):
         raise InputError(f"{path}: it cannot be read as a picture ({first_line(error)}).") from error
 
 
-def png_bytes(picture):
-    """The losslessly compressed pixels alone: their number is the paper's measure of what a picture stores."""
-    picture.save(buffer := io.BytesIO(), "PNG", optimize=True)
+def png_bytes(picture, chunks=None):
+    """A PNG file. Without text `chunks` it is the losslessly compressed pixels alone: the paper's measure of what they store."""
+    picture.save(buffer := io.BytesIO(), "PNG", optimize=True, pnginfo=chunks)
     return buffer.getvalue()
 
 
@@ -773,6 +773,19 @@ def report(task, arms, baseline=None):
               + (f"{mcnemar(mean[arm], mean[first], keys):10.2g}" if samples == 1 else f"{'-':>10}"))
 
 
+def save(data, path):
+    """Write bytes whole or not at all: no kill or full disk leaves a broken file. Raises InputError."""
+    unfinished = Path(path).with_name("unfinished.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise InputError(f"{path}: it cannot be written ({error.strerror}); what was there before is whole.") from error
+
+
 def at_least(low, kind=int, high=2**31):
     """An argparse type: a number that is neither below `low` nor above `high`, and not nan."""
     def number(text):
@@ -806,14 +819,6 @@ def read_results(path):
         return saved
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--out {path}: it is no file of results ({first_line(error)}); name another.") from error
-
-
-def write_results(path, saved):
-    try:
-        Path(f"{path}.tmp").write_text(json.dumps(saved))
-        os.replace(f"{path}.tmp", path)
-    except OSError as error:
-        raise InputError(f"--out {path}: it cannot be written ({error.strerror}).") from error
 
 
 def score_arms(args, arms, pictures, saved):
@@ -905,10 +910,10 @@ def main(args):
             raise InputError(f"--out {args.out}: its scores were made with other settings ({saved['settings']}): name another file.")
         saved["settings"] = settings
         if args.out and not saved["tasks"]:
-            write_results(args.out, saved)                  # that it cannot be written is said before the work, not after it
+            save(json.dumps(saved).encode(), args.out)          # that it cannot be written is said before the work
         score_arms(args, arms, of_pixels, saved)
         if args.out:
-            write_results(args.out, saved)
+            save(json.dumps(saved).encode(), args.out)
     if not saved["tasks"]:
         raise InputError("no arm is given: name a picture file, none, random or string:N, or an --out file with scores.")
     print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in saved["settings"].items() if v is not None))
