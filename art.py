@@ -1,6 +1,7 @@
 """ART, Art-based Reinforcement Training: fine-tune a multimodal LLM by training the pixels of one picture.
 
     python art.py --task gsm8k --seed seed.png          # Qwen3.5-0.8B and the paper's settings as far as they are known, on one GPU
+    torchrun --nproc-per-node 4 art.py --task gsm8k --seed seed.png             # the same on four
 
 The model stays frozen. One image stands before every question, and reinforcement learning moves its pixels. The result
 is a PNG: any vLLM serves it as an ordinary image request. Method: arXiv 2606.11854, which published no training code.
@@ -23,9 +24,11 @@ import math
 import os
 import random
 import sys
+import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -43,7 +46,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from eval import (TASKS, InputError, at_least, evaluate, exit_with, first_line, fitting, generate, hub_error, key_hash,
+from eval import (TASKS, InputError, Ranks, at_least, evaluate, exit_with, first_line, fitting, generate, hub_error, key_hash,
                   load_engine, load_processor, model_inputs, open_picture, png_bytes, prompt_text, random_picture, save,
                   user_turn)
 
@@ -114,7 +117,7 @@ class Completion:
     cut: bool                       # ended by the token limit
 
 
-def rollout(llm, prompts, image, group_size, max_new_tokens=512, seeds=None):
+def rollout(llm, prompts, image, group_size, max_new_tokens=512, seeds=None, timeout=60):
     """Sample `group_size` completions for each rendered prompt (str) behind the PIL `image`: P lists of G Completions.
 
     Temperature 1 without top-p or top-k, so that the logprobs are those of the policy. (The paper's temperature is not
@@ -123,7 +126,7 @@ def rollout(llm, prompts, image, group_size, max_new_tokens=512, seeds=None):
     from vllm import SamplingParams
     params = [SamplingParams(n=group_size, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0, seed=seed)
               for seed in seeds or [None] * len(prompts)]        # vLLM counts on from the seed for each of the completions
-    requests = generate(llm, prompts, [image] * len(prompts), params)
+    requests = generate(llm, prompts, [image] * len(prompts), params, timeout=timeout)
     return [[Completion(prompt, list(request.prompt_token_ids), list(o.token_ids),
                         [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)], o.text,
                         o.finish_reason == "length")
@@ -309,18 +312,21 @@ def micro_batches(lengths, room):
 
 
 def backward(model, processor, pixels, groups, advantages, old_logps=None, tokens=8192, eps_low=0.2, eps_high=0.28,
-             weight_cap=2.0):
+             weight_cap=2.0, total_tokens=None):
     """Add the gradient of the DAPO loss over `groups` (lists of Completions, (P, G) advantages) to `pixels`.
 
     What sequences share at their front is computed once: the image passes the vision tower once a step, image and prompt
     pass the language model once a group. The gradients of what follows gather there first (`cut`). A micro-batch has at
     most `tokens` tokens, its prompt's included. `old_logps`: what the first update of this rollout batch returned; None in
-    that first update, where the policy is the old policy. Returns (metrics of the step, old_logps).
+    that first update, where the policy is the old policy. `total_tokens`: the completion tokens of the whole step, where
+    `groups` are a part of it: gradients and metrics of the parts add up. Returns (metrics of the step, old_logps).
     """
-    device = model.device
-    picture, total_tokens = pixels.to_image(), sum(len(c.ids) for group in groups for c in group)
+    metrics, new_old_logps = dict.fromkeys(("loss", "ratio", "clip_fraction", "mismatch", "mismatch_max"), 0.0), []
+    if not groups:
+        return metrics, new_old_logps
+    device, picture = model.device, pixels.to_image()
+    total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
     features, join_image = cut(encode_image(model, processor, groups[0][0].prompt, pixels()))
-    metrics, gaps, new_old_logps = {"loss": 0.0}, [], []
     for group, group_advantage in zip(groups, advantages):
         inputs = model_inputs(processor, group[0].prompt, picture).to(device)
         if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
@@ -337,17 +343,16 @@ def backward(model, processor, pixels, groups, advantages, old_logps=None, token
             old_logp = logp.detach() if old_logps is None else old_logps[len(new_old_logps)]
             new_old_logps.append(old_logp)
             gap = (old_logp - sampled).masked_fill(~mask, 0.0)              # trainer against engine, before any update
-            gaps.append(gap[mask].abs())
             weight = gap.exp().clamp(max=weight_cap) if weight_cap else None
             loss, part_metrics = dapo_loss(logp, old_logp, group_advantage[rows].to(device), mask,
                                            eps_low, eps_high, total_tokens, weight)
             loss.backward()
-            for name, value in {"loss": loss.item(), **part_metrics}.items():
-                metrics[name] = metrics.get(name, 0.0) + value
+            for name, value in {"loss": loss.item(), **part_metrics, "mismatch": gap.abs().sum().item() / total_tokens}.items():
+                metrics[name] += value
+            metrics["mismatch_max"] = max(metrics["mismatch_max"], gap.abs().max().item())
         join_prefix()
     join_image()
-    gaps = torch.cat(gaps)
-    return {**metrics, "mismatch": gaps.mean().item(), "mismatch_max": gaps.max().item()}, new_old_logps
+    return metrics, new_old_logps
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -448,22 +453,26 @@ def panel(seed, image):
     return sheet
 
 
-def sample_groups(llm, processor, task, stream, image, args):
+def sample_groups(llm, processor, task, stream, image, args, ranks):
     """Dynamic sampling: roll out prompts until `args.prompts` groups hold right and wrong answers, `--rounds` times at most.
 
-    `stream` yields (seed for the sampler, example). Returns the kept groups, their (P, G) rewards, and metrics over everything
-    that was sampled.
+    `stream` yields (seed for the sampler, example), in all ranks the same, which share the prompts of a round. Returns the kept
+    groups of all of them, their (P, G) rewards, and metrics over everything that was sampled.
     """
     kept, rewards, seen = [], [], []
     for _ in range(args.rounds):
-        seeds, examples = zip(*(next(stream) for _ in range(args.prompts - len(kept))))
-        groups = rollout(llm, [prompt_text(processor, task, e) for e in examples], image, args.group_size, args.max_new_tokens, seeds)
-        for example, group in zip(examples, groups):
+        share = list(enumerate(islice(stream, args.prompts - len(kept))))[ranks.mine]
+        groups = rollout(llm, [prompt_text(processor, task, e) for _, (_, e) in share], image, args.group_size, args.max_new_tokens,
+                         [seed for _, (seed, _) in share], args.timeout)
+        judged = []
+        for (place, (_, example)), group in zip(share, groups):
             scores, shaped = ([judge(example, c.text) for c in group] for judge in (task.score, task.reward))
             if not all(0 <= r <= 1 for r in scores + shaped):                   # not a number fails this, too
                 raise InputError(f"the task's reward or score for a completion is outside [0, 1]: {scores + shaped}.")
             if args.overlong_cache:
                 shaped = [r + overlong_penalty(len(c.ids), args.max_new_tokens, args.overlong_cache) for r, c in zip(shaped, group)]
+            judged.append((place, group, scores, shaped))
+        for _, group, scores, shaped in sorted(chain(*ranks.gather(judged)), key=lambda each: each[0]):
             seen += [(s, r, len(c.ids), c.cut) for s, r, c in zip(scores, shaped, group)]
             if len(set(scores)) > 1:                                # judged by the score, not by the shaped reward
                 kept.append(group)
@@ -476,27 +485,29 @@ def sample_groups(llm, processor, task, stream, image, args):
 
 
 # Of the flags, those that do not change what a step computes, but for rounding: a run may go on with others.
-FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch", "trust_remote_code")
+FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch", "timeout", "trust_remote_code")
 
 
 def train(args):
     """Train one image as `args` (see the flags below) say; everything it makes lies in `args.out`, for it alone."""
-    out = Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(folder := os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)          # let go of even at a kill
-    except OSError as error:
-        reason = "another run is at work in it" if isinstance(error, BlockingIOError) else error.strerror
-        raise InputError(f"--out {out}: {reason}; name another folder.") from error
-    try:
-        loop(args, out)
-    finally:
-        os.close(folder)
-        if not os.listdir(out):                                     # a wrong input leaves no empty folder
-            out.rmdir()
+    ranks = Ranks()
+    with tempfile.TemporaryDirectory() if ranks.rank else nullcontext(args.out) as out:      # what rank 0 writes is enough
+        out = Path(out)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(folder := os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go of even at a kill
+        except OSError as error:
+            reason = "another run is at work in it" if isinstance(error, BlockingIOError) else error.strerror
+            raise InputError(f"--out {out}: {reason}; name another folder.") from error
+        try:
+            loop(args, out, ranks)
+        finally:
+            os.close(folder)
+            if not os.listdir(out):                                 # a wrong input leaves no empty folder
+                out.rmdir()
 
 
-def loop(args, out):
+def loop(args, out, ranks):
     if not args.resume and any(os.path.exists(out / name) for name in ("metrics.jsonl", "state.safetensors")):
         raise InputError(f"--out {out}: it holds a run already; go on with it by --resume, or name another folder.")
     torch.manual_seed(args.rng)
@@ -520,7 +531,7 @@ def loop(args, out):
     done = []                                                       # the metrics of each step
     write_metrics = lambda: save("".join(json.dumps(m) + "\n" for m in done).encode(), out / "metrics.jsonl")       # noqa: E731
     if args.resume:
-        done, tensors = load_state(out / "state.safetensors", settings, seed.shape)
+        done, tensors = ranks.gather(None if ranks.rank else load_state(out / "state.safetensors", settings, seed.shape))[0]
         write_metrics()
         pixels.load_state_dict({"logits": tensors.pop("logits")})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: tensors} if tensors else {}})
@@ -543,8 +554,8 @@ def loop(args, out):
     def validate(step):
         nonlocal best
         image = pixels.to_image()
-        results = evaluate(llm, processor, task, validation, image, args.max_new_tokens)
-        accuracy = float(np.mean([r["score"] for r in results]))
+        results = evaluate(llm, processor, task, validation[ranks.mine], image, args.max_new_tokens, args.timeout)
+        accuracy = float(np.mean([r["score"] for r in chain(*ranks.gather(results))]))
         if accuracy > best:                                  # the earlier image wins a tie: it is nearer to the seed
             best = accuracy
             save_png(image, out / "best.png", {**notes, "step": step, "validation": accuracy})
@@ -554,7 +565,7 @@ def loop(args, out):
 
     def learn(step):
         start = time.time()
-        groups, rewards, metrics = sample_groups(llm, processor, task, stream, pixels.to_image(), args)
+        groups, rewards, metrics = sample_groups(llm, processor, task, stream, pixels.to_image(), args, ranks)
         metrics |= {"skipped": 0, "rollout_s": time.time() - start}
         start = time.time()
         note = "" if groups else "no group with right and wrong answers: nothing to learn  "
@@ -563,9 +574,13 @@ def loop(args, out):
                 group["lr"] = metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
             advantages, old_logps = group_advantages(rewards), None
             for _ in range(args.updates):
-                optimizer.zero_grad()
-                update, old_logps = backward(model, processor, pixels, groups, advantages, old_logps,
-                                             args.tokens_per_microbatch, args.eps_low, args.eps_high, args.weight_cap)
+                pixels.logits.grad = torch.zeros_like(pixels.logits)
+                update, old_logps = backward(
+                    model, processor, pixels, groups[ranks.mine], advantages[ranks.mine], old_logps, args.tokens_per_microbatch,
+                    args.eps_low, args.eps_high, args.weight_cap, sum(len(c.ids) for group in groups for c in group))
+                ranks.add_up(pixels.logits.grad)
+                parts = ranks.gather(update)
+                update = {name: (max if name == "mismatch_max" else sum)(part[name] for part in parts) for name in update}
                 update["grad_norm"] = nn.utils.clip_grad_norm_(pixels.parameters(), args.max_grad_norm or math.inf).item()
                 if wrong := [f"{name} {value}" for name, value in update.items() if not math.isfinite(value)]:
                     metrics["skipped"], note = 1, f"skipped: {', '.join(wrong)}  "
@@ -583,7 +598,7 @@ def loop(args, out):
                    f"moved {metrics['moved']:.1f}  {metrics['rollout_s']:.1f} + {metrics['trainer_s']:.1f} s")
         return metrics
 
-    bar = tqdm(total=args.steps, initial=max(0, len(done) - 1), unit="step", disable=None)
+    bar = tqdm(total=args.steps, initial=max(0, len(done) - 1), unit="step", disable=ranks.rank > 0 or None)
     try:
         for step in range(len(done), args.steps + 1):
             metrics = {"step": step, **(learn(step) if step else {})}
@@ -644,6 +659,7 @@ def parse_args():
     add("--tokens-per-microbatch", type=at_least(1), default=8192,
         help="prompt and completion tokens in a trainer pass, which sets its memory; the default holds 8 x 512 and any prompt")
     add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")
+    add("--timeout", type=at_least(1), default=60, help="seconds without a step of vLLM that end the run; give a large model on a CPU more")
     add("--validation", type=at_least(1), default=128, help="training examples set aside to choose best.png")
     add("--validate-every", type=at_least(1), default=10, help="steps between validations")
     args = parser.parse_args()

@@ -18,12 +18,17 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import os
+import pickle
 import re
 import sys
+import threading
+import time
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import nsmallest
@@ -464,6 +469,67 @@ TASKS = {
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Processes: what to do when one hangs, and how several share the work
+
+KEPT = "what is finished is kept: art.py goes on with --resume, eval.py by the same call with --out"
+
+
+@contextmanager
+def deadline(seconds, sentence):
+    """End the program, its children and whatever hangs in it, with exit code 2, unless the block ends within `seconds`."""
+    def end():
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr, flush=True)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(2)
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Ranks:
+    """The processes that torchrun started, each with a GPU, an engine and a model of its own; without torchrun, this one.
+
+    `mine` is the part of a list that falls to this rank. Rank 0 writes and prints. The ranks talk through torchrun's store and a
+    gloo group of their own, since vLLM makes torch.distributed's default group in each process.
+    """
+    def __init__(self):
+        self.rank, self.size, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.mine = slice(self.rank, None, self.size)
+        if self.size > 1:
+            from torch import distributed
+            self.store, _, _ = next(distributed.rendezvous("env://"))
+            self.group = distributed.ProcessGroupGloo(distributed.PrefixStore("gloo", self.store), self.rank, self.size)
+            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"])]
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+            os.environ.pop(name, None)                  # vLLM would take them for its own
+
+    def gather(self, value):
+        """The `value` of every rank, in their order."""
+        if self.size == 1:
+            return [value]
+        self.count += 1
+        self.store.set(f"{self.count} {self.rank}", pickle.dumps(value))
+        values = [pickle.loads(self.store.get(f"{self.count} {rank}")) for rank in range(self.size)]
+        self.store.delete_key(f"{self.count - 1} {self.rank}")          # all have read it, for all have come as far as here
+        return values
+
+    def add_up(self, tensor):
+        """Sum `tensor` over the ranks, in place."""
+        if self.size > 1:
+            total = tensor.cpu()
+            self.group.allreduce([total]).wait()
+            tensor.copy_(total)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Pictures, processor, engine
 
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")     # EPS, for one, would run a program
@@ -528,7 +594,8 @@ def load_processor(model, trust_remote_code=False):
         AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)      # a single file: fails soon where there is no hub
         processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
         if getattr(processor, "image_processor", None) is not None:
-            texts = [processor.apply_chat_template(user_turn("", image), tokenize=False) for image in (True, False)]
+            with deadline(10, f"--model {model}: its chat template does not come to an end."):
+                texts = [processor.apply_chat_template(user_turn("", image), tokenize=False) for image in (True, False)]
             if texts[0] == texts[1]:
                 raise ValueError("the template leaves the image out")
             processor(text=texts[:1], images=[random_picture(256, 0)])
@@ -564,7 +631,9 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
     options = dict(gpu_memory_utilization=gpu_memory_utilization)
     if current_platform.is_cpu():
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-        options = dict(enforce_eager=True)
+        # In pieces, a prompt would make vLLM rewind its sampler's generator, which it cannot on a CPU.
+        options = dict(enforce_eager=True, enable_prefix_caching=False, enable_chunked_prefill=False,
+                       max_num_batched_tokens=max(4096, max_model_len))
         import torch
         torch._dynamo.config.disable = True             # no C++ compiler needed, which trips over a space in the path, too
     # generation_config="vllm": no sampling default of the model's own leaks into rollouts.
@@ -590,11 +659,31 @@ def prompt_text(processor, task, example, image=True):
 TEMPLATED = {"add_special_tokens": False}
 
 
-def generate(llm, prompts, pictures, params, progress=False):
-    """vLLM's outputs for rendered prompts, each with its PIL picture or None."""
-    requests = [{"prompt": prompt, **({"multi_modal_data": {"image": picture}} if picture is not None else {})}
-                for prompt, picture in zip(prompts, pictures, strict=True)]
-    return llm.generate(requests, params, use_tqdm=progress, tokenization_kwargs=TEMPLATED)
+def generate(llm, prompts, pictures, params, finished=None, timeout=60):
+    """vLLM's outputs for rendered prompts, each with its PIL picture or None. All are handed over at once; `finished(i, output)`
+    is called for each as it ends. Raises InputError if the engine dies; if a step of it takes `timeout` seconds, the program ends.
+    """
+    from vllm.sampling_params import RequestOutputKind
+    engine, outputs = llm.llm_engine, [None] * len(prompts)
+    hashes = {id(p): hashlib.sha256(p.tobytes()).hexdigest() for p in {id(p): p for p in pictures if p is not None}.values()}
+    try:
+        for i, (prompt, picture, each) in enumerate(zip(prompts, pictures, params, strict=True)):
+            each.output_kind = RequestOutputKind.FINAL_ONLY
+            image = {} if picture is None else {"multi_modal_data": {"image": picture},
+                                                "multi_modal_uuids": {"image": hashes[id(picture)]}}      # hashed once
+            engine.add_request(str(i), {"prompt": prompt, **image}, each, tokenization_kwargs=TEMPLATED)
+        while engine.has_unfinished_requests():
+            with deadline(timeout, f"vLLM hangs: it made no step in {timeout} seconds (--timeout); {KEPT}."):
+                ended = engine.step()
+            for output in ended:
+                outputs[int(output.request_id)] = output
+                if finished:
+                    finished(int(output.request_id), output)
+    except InputError:
+        raise
+    except Exception as error:                          # its process died, the GPU's memory is full: vLLM raises anything
+        raise InputError(f"vLLM ended in the middle of its work ({first_line(error)}); {KEPT}.") from error
+    return outputs
 
 
 def model_inputs(processor, text, image=None):
@@ -604,13 +693,19 @@ def model_inputs(processor, text, image=None):
 
 def fitting(processor, task, examples, max_tokens, picture, string=0):
     """The examples whose prompt has at most `max_tokens` tokens behind `picture`, or behind `string` random tokens if these
-    are more; says how many were left out."""
-    def tokens(example, picture=None):
-        return model_inputs(processor, prompt_text(processor, task, example, picture is not None), picture)["input_ids"].shape[1]
-    more = max(tokens(examples[0], picture) - tokens(examples[0]), string)
-    kept = [e for e in examples if tokens(e) + more <= max_tokens]
-    if len(kept) < len(examples):
-        print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: their prompts are longer than "
+    are more, and does not hold the image's placeholder itself; says how many were left out."""
+    tokenizer = processor.tokenizer
+    ids = lambda text: tokenizer(text, **TEMPLATED)["input_ids"]                                        # noqa: E731
+    bare, behind = (render(processor, user_turn("", image), None) for image in (False, True))
+    placeholder = {i for i in {*ids(behind)} - {*ids(bare)} if i in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[i].special}
+    more = max(string, 0 if picture is None else model_inputs(processor, behind, picture)["input_ids"].shape[1] - len(ids(bare)))
+    prompts = [ids(prompt_text(processor, task, e, image=False)) for e in examples]
+    marked, long = [not placeholder.isdisjoint(p) for p in prompts], [len(p) + more > max_tokens for p in prompts]
+    kept = [e for e, *wrong in zip(examples, marked, long) if not any(wrong)]
+    if any(marked):
+        print(f"left out {sum(marked)} of {len(examples)} examples: their text holds the image's placeholder", file=sys.stderr)
+    if any(long):
+        print(f"left out {sum(long)} of {len(examples)} examples: their prompts are longer than "
               f"{max_tokens} tokens (--max-model-len less --max-new-tokens)", file=sys.stderr)
     if not kept:
         raise InputError(f"every prompt is longer than {max_tokens} tokens, --max-model-len less --max-new-tokens: raise it.")
@@ -652,13 +747,13 @@ def random_string(tokenizer, count, *seed):
     return tokenizer.decode(ids)
 
 
-def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
-    """Completions [(text, tokens, cut)] of each request by vLLM in this process, which gets all of them at once."""
+def ask_engine(llm, processor, requests, answered, sampling=GREEDY, timeout=60):
+    """Ask vLLM in this process, which gets all requests at once. answered(i, [(text, tokens, cut)] of each sample) is called
+    as soon as request number i is done."""
     from vllm import SamplingParams
-    messages, tools, pictures = zip(*requests)
-    prompts = [render(processor, *turn) for turn in zip(messages, tools)]
-    return [[(o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]
-            for output in generate(llm, prompts, pictures, SamplingParams(**sampling), progress)]
+    generate(llm, [render(processor, *turn) for *turn, _ in requests], [picture for *_, picture in requests],
+             [SamplingParams(**sampling)] * len(requests), timeout=timeout, finished=lambda i, output: answered(i, [
+                 (o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]))
 
 
 def wire(messages, picture):
@@ -677,13 +772,21 @@ def wire(messages, picture):
     return wired
 
 
-def ask_server(url, model, requests, sampling=GREEDY, parallel=64):
-    """The same from an OpenAI-compatible server, such as vLLM's, `parallel` requests at a time. Raises InputError.
+def connect(url, **options):
+    """A client of the OpenAI-compatible server at `url`, which may not send it elsewhere."""
+    import openai
+    return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                         http_client=openai.DefaultHttpxClient(follow_redirects=False), **options)
 
-    Failures are retried five times with growing pauses. The tokens of several samples are their mean.
+
+def ask_server(url, model, requests, answered, sampling=GREEDY, timeout=60, parallel=64):
+    """Ask an OpenAI-compatible server, such as vLLM's, likewise, `parallel` requests at a time. Raises InputError.
+
+    Failures are retried five times with growing pauses. The tokens of several samples are their mean. If no request is done
+    for `timeout` seconds, the program ends.
     """
     import openai
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=5, timeout=600)
+    client = connect(url, max_retries=5, timeout=600)
     links = {id(p): "data:image/png;base64," + base64.b64encode(png_bytes(p)).decode() for _, _, p in requests if p is not None}
 
     def ask(request):
@@ -696,18 +799,27 @@ def ask_server(url, model, requests, sampling=GREEDY, parallel=64):
             extra_body={"chat_template_kwargs": {"enable_thinking": False}, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0})
         return [(c.message.content or "", response.usage.completion_tokens / sampling["n"], c.finish_reason == "length")
                 for c in response.choices]
+    pool = ThreadPoolExecutor(parallel)
+    places = {pool.submit(ask, request): i for i, request in enumerate(requests)}
     try:
-        with ThreadPoolExecutor(parallel) as pool:
-            return list(tqdm(pool.map(ask, requests), total=len(requests), disable=None))
+        while places:
+            with deadline(timeout, f"--server {url}: no request was done in {timeout} seconds (--timeout); {KEPT}."):
+                done, _ = wait(places, return_when=FIRST_COMPLETED)
+            for future in done:
+                answered(places.pop(future), future.result())
     except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"--server {url}: it gives no completions of {model} ({first_line(error)}).") from error
+        raise InputError(f"--server {url}: it gives no completions of {model} ({first_line(error)}); {KEPT}.") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        client.close()
 
 
 def served_model(url):
     """The name of the model that an OpenAI-compatible server serves. Raises InputError."""
     import openai
     try:
-        return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none")).models.list().data[0].id
+        with deadline(30, f"--server {url}: it does not say in 30 seconds which model it serves."):
+            return connect(url, max_retries=2, timeout=8).models.list().data[0].id
     except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
         raise InputError(f"--server {url}: no OpenAI-compatible server answers there ({first_line(error)}).") from error
 
@@ -715,18 +827,21 @@ def served_model(url):
 # ------------------------------------------------------------------------------------------------------------------
 # Scores
 
-def judge(task, examples, completions):
-    """One dict an example, with lists of one value a sample: {key, text, tokens, cut, score, readable}."""
-    return [{"key": e["key"], "text": [t for t, _, _ in samples], "tokens": [n for _, n, _ in samples],
-             "cut": [cut for _, _, cut in samples], "score": [task.score(e, t) for t, _, _ in samples],
-             "readable": [task.answer(e, t) is not None for t, _, _ in samples]}
-            for e, samples in zip(examples, completions, strict=True)]
+def judge(task, example, samples):
+    """{key, text, tokens, cut, score, readable} of the completions [(text, tokens, cut)] of an example: lists of one value a sample."""
+    texts, tokens, cut = map(list, zip(*samples))
+    return {"key": example["key"], "text": texts, "tokens": tokens, "cut": cut, "score": [task.score(example, t) for t in texts],
+            "readable": [task.answer(example, t) is not None for t in texts]}
 
 
-def evaluate(llm, processor, task, examples, arm, max_new_tokens=512):
+def evaluate(llm, processor, task, examples, arm, max_new_tokens=512, timeout=60):
     """Greedy completions of `examples` behind `arm` and their scores, as `judge` gives them."""
-    requests = arm_requests(processor, task, examples, arm)
-    return judge(task, examples, ask_engine(llm, processor, requests, {**GREEDY, "max_tokens": max_new_tokens}))
+    results = [None] * len(examples)
+
+    def answered(i, samples):
+        results[i] = judge(task, examples[i], samples)
+    ask_engine(llm, processor, arm_requests(processor, task, examples, arm), answered, {**GREEDY, "max_tokens": max_new_tokens}, timeout)
+    return results
 
 
 def bootstrap_interval(scores, keys=None, resamples=10_000, level=0.95, seed=0):
@@ -821,8 +936,8 @@ def read_results(path):
         raise InputError(f"--out {path}: it is no file of results ({first_line(error)}); name another.") from error
 
 
-def score_arms(args, arms, pictures, saved):
-    """Score those of `arms` that `saved` does not hold, with one engine that gets all requests at once, and add them to it."""
+def score_arms(args, arms, pictures, saved, ranks):
+    """Ask what `saved` does not hold yet of all `arms`, all at once, and add it; --out gets what is done every ten seconds."""
     sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty,
                     n=args.samples)
     served = args.server and served_model(args.server)
@@ -830,7 +945,7 @@ def score_arms(args, arms, pictures, saved):
     pictures_seen = [random_picture(args.size, 0) if arm == "random" else arm for arm in arms.values()]
     largest = max((p for p in pictures_seen if isinstance(p, Image.Image)), key=lambda p: p.width * p.height, default=None)
     string = max(int(name[7:]) + 2 if name.startswith("string:") else 0 for name in arms)
-    examples, jobs = {}, []
+    examples, todo = {}, []
     for task, data in zip(args.task, args.data or repeat(None)):
         examples[task] = fitting(processor, TASKS[task], TASKS[task].load("test", data, args.limit),
                                  args.max_model_len - args.max_new_tokens, largest, string)
@@ -838,19 +953,36 @@ def score_arms(args, arms, pictures, saved):
         if any(a["questions"] != questions for a in held.values()):
             raise InputError(f"--out {args.out}: its arms answered other questions of {task} (other data, or other prompts that were "
                              "too long): name another file.")
-        jobs += [(task, name, questions) for name in arms if held.get(name, {"sha256": ""})["sha256"] != pictures[name]["sha256"]]
-    requests = [arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size) for task, name, _ in jobs]
-    if not jobs:
-        return
-    if args.server:
-        completions = iter(ask_server(args.server, served, sum(requests, []), sampling))
-    else:
-        llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
-                          trust_remote_code=args.trust_remote_code)
-        completions = iter(ask_engine(llm, processor, sum(requests, []), sampling, progress=sys.stderr.isatty()))
-    for (task, name, questions), asked in zip(jobs, requests):
-        saved["tasks"][task][name] = {**pictures[name], "questions": questions, "results": judge(
-            TASKS[task], examples[task], list(islice(completions, len(asked))))}
+        for name in arms:
+            if held.get(name, {"sha256": ""})["sha256"] != pictures[name]["sha256"]:
+                held[name] = {**pictures[name], "questions": questions, "results": [None] * len(examples[task])}
+            requests = arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size)
+            todo += [(task, name, i, request) for i, request in enumerate(requests) if held[name]["results"][i] is None]
+    mine, kept_at = todo[ranks.mine], time.monotonic()
+
+    def answered(place, samples):
+        nonlocal kept_at
+        task, name, i, _ = mine[place]
+        saved["tasks"][task][name]["results"][i] = judge(TASKS[task], examples[task][i], samples)
+        bar.update()
+        if args.out and time.monotonic() > kept_at + 10:
+            save(json.dumps(saved).encode(), args.out)
+            kept_at = time.monotonic()
+    ask = [request for *_, request in mine], answered, sampling, args.timeout
+    with tqdm(total=len(mine), unit=" questions", disable=None) as bar:
+        try:
+            if args.server:
+                ask_server(args.server, served, *ask)
+            elif mine:
+                llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
+                                  trust_remote_code=args.trust_remote_code)
+                ask_engine(llm, processor, *ask)
+        finally:
+            if args.out:
+                save(json.dumps(saved).encode(), args.out)
+    for part in ranks.gather([(*job, saved["tasks"][job[0]][job[1]]["results"][job[2]]) for *job, _ in mine]):
+        for task, name, i, result in part:
+            saved["tasks"][task][name]["results"][i] = result
 
 
 def parse_args():
@@ -873,12 +1005,16 @@ def parse_args():
     add("--max-model-len", type=at_least(1), default=4096)
     add("--presence-penalty", type=at_least(-2, float, 2), default=1.0, help="1.0 as in the paper's evaluation")
     add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.9)
+    add("--timeout", type=at_least(1), default=60, help="seconds without a step of the engine or an answer of the server that end "
+        "the program; give a large model on a CPU more")
     add("--trust-remote-code", action="store_true", help="run code that the model brings along")
     return parser.parse_args()
 
 
 def main(args):
-    saved = read_results(args.out)
+    ranks = Ranks()
+    saved = ranks.gather(None if ranks.rank else read_results(args.out))[0]
+    args.out = None if ranks.rank else args.out
     arms = {name: name if re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name) else open_picture(name) for name in args.arms}
     # Of each arm: bytes and hash of its pixels, None where it has none of its own
     of_pixels = {name: {"bytes": len(png_bytes(arm)), "sha256": hashlib.sha256(arm.tobytes()).hexdigest()}
@@ -911,7 +1047,7 @@ def main(args):
         saved["settings"] = settings
         if args.out and not saved["tasks"]:
             save(json.dumps(saved).encode(), args.out)          # that it cannot be written is said before the work
-        score_arms(args, arms, of_pixels, saved)
+        score_arms(args, arms, of_pixels, saved, ranks)
         if args.out:
             save(json.dumps(saved).encode(), args.out)
     if not saved["tasks"]:
@@ -921,7 +1057,11 @@ def main(args):
         if notes := png_notes(name):
             print(f"{name}: " + ", ".join(f"{k} {notes[k]}" for k in ("model", "task", "step", "validation") if k in notes))
     for task, held in saved["tasks"].items():
-        report(task, held, args.baseline or next(iter(arms), None))
+        for name in [name for name, a in held.items() if None in a["results"]]:
+            print(f"{task}, {name}: {held.pop(name)['results'].count(None)} questions have no answer yet: repeat the call that asked them",
+                  file=sys.stderr)
+        if held:
+            report(task, held, args.baseline or next(iter(arms), None))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import art                                                                      
 from conftest import ROOT, data                                                                         # noqa: E402
 
 
-def rollout(llm, prompts, image, group_size, max_new_tokens, seeds):
+def rollout(llm, prompts, image, group_size, max_new_tokens, seeds, timeout):
     """Right and wrong answers by chance: it depends on the image and on the seeds alone, as the seeded engine does."""
     picture = int.from_bytes(hashlib.sha256(image.tobytes()).digest()[:4], "big")
     return [[art.Completion(p, [1], [1, 2, 3], [-1.0] * 3, f"Answer: {random.Random(picture + s + i).choice([p, 'none'])}", False)
@@ -36,7 +36,7 @@ def backward(model, processor, pixels, groups, advantages, old_logps, *args):
     return {"loss": 0.5, "mismatch": 0.001, "mismatch_max": 0.002, "clip_fraction": 0.0, "ratio": 1.0}, old_logps
 
 
-def evaluate(llm, processor, task, examples, image, max_new_tokens):
+def evaluate(llm, processor, task, examples, image, max_new_tokens, timeout):
     return [{"score": np.asarray(image, dtype=float).std() / 255}]
 
 
