@@ -43,7 +43,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from eval import (TASKS, InputError, Ranks, at_least, evaluate, exit_with, first_line, fitting, generate, hub_error, key_hash,
@@ -384,6 +384,29 @@ def check_size(processor, size):
         raise InputError(f"--size {size}: the model's image processor {reason}; sizes that work near it: {shown}.")
 
 
+def check_memory(name, total, utilization, tokens, trust_remote_code=False):
+    """Say how engine and trainer share a GPU of `total` bytes; raise InputError if they cannot. Nothing is loaded for it.
+
+    A pass over `tokens` tokens keeps each output of the language model's matrices about three times (tests/bench.py), and the
+    logits of a chunk; all in bfloat16, but the logits.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    a_token = 2 * 3 * sum(m.out_features for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
+    logits = 3 * 4 * 512 * config.get_text_config().vocab_size
+    gb = lambda size: f"{size / 1e9:.1f} GB"                                                            # noqa: E731
+    shares = (f"of {gb(total)} vLLM takes {gb(utilization * total)} (--gpu-memory-utilization {utilization}), the trainer "
+              f"{gb(weights)} for weights and about {gb(tokens * a_token + logits)} for a pass (--tokens-per-microbatch {tokens})")
+    if utilization * total < 1.2 * weights:
+        raise InputError(f"--model {name}: {shares}: too little for vLLM, whose weights are {gb(weights)}; give it more.")
+    if (room := (1 - utilization) * total - weights - logits) < tokens * a_token:
+        raise InputError(f"--model {name}: {shares}: this is too much; " + (
+            f"lower --tokens-per-microbatch to {int(room / a_token)}" if room > 1000 * a_token else "lower --gpu-memory-utilization") + ".")
+    print("memory: " + shares)
+
+
 def load_model(name, device, trust_remote_code=False):
     """The frozen model: float32 on the CPU, bfloat16 on a GPU, no gradient for any weight. Raises InputError."""
     try:
@@ -540,6 +563,9 @@ def loop(args, out, ranks):
              "task": args.task, "settings": json.dumps(settings)}
     # A folder that cannot be written is refused before a model is loaded.
     save_png(pixels.to_image(), out / "last.png", {**notes, "step": max(0, len(done) - 1)})
+    if device == "cuda":
+        check_memory(args.model, torch.cuda.mem_get_info()[1], args.gpu_memory_utilization, args.tokens_per_microbatch,
+                     args.trust_remote_code)
     llm = load_engine(args.model, args.max_model_len, args.max_num_seqs, args.gpu_memory_utilization, args.rng,
                       args.trust_remote_code)
     model = load_model(args.model, device, args.trust_remote_code)
@@ -656,8 +682,7 @@ def parse_args():
     add("--max-new-tokens", type=at_least(1), default=512)
     add("--max-model-len", type=at_least(1), default=4096)
     add("--max-num-seqs", type=at_least(1, high=65536), default=256, help="sequences that vLLM runs at once")
-    add("--tokens-per-microbatch", type=at_least(1), default=8192,
-        help="prompt and completion tokens in a trainer pass, which sets its memory; the default holds 8 x 512 and any prompt")
+    add("--tokens-per-microbatch", type=at_least(1), default=4096, help="prompt and completion tokens in a trainer pass, which set its memory")
     add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")
     add("--timeout", type=at_least(1), default=60, help="seconds without a step of vLLM that end the run; give a large model on a CPU more")
     add("--validation", type=at_least(1), default=128, help="training examples set aside to choose best.png")

