@@ -384,26 +384,25 @@ def check_size(processor, size):
         raise InputError(f"--size {size}: the model's image processor {reason}; sizes that work near it: {shown}.")
 
 
-def check_memory(name, total, utilization, tokens, trust_remote_code=False):
-    """Say how engine and trainer share a GPU of `total` bytes; raise InputError if they cannot. Nothing is loaded for it.
+def memory_needed(model, tokens):
+    """Bytes of a frozen model's weights, and about those of a trainer pass over `tokens` tokens: each output of the language
+    model's matrices is kept some three times (measured by tests/bench.py), and so are the float32 logits of a chunk."""
+    outputs = sum(m.out_features for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
+    logits = 512 * model.config.get_text_config().vocab_size
+    return sum(p.nbytes for p in model.parameters()), 3 * (tokens * outputs * model.dtype.itemsize + 4 * logits)
 
-    A pass over `tokens` tokens keeps each output of the language model's matrices about three times (tests/bench.py), and the
-    logits of a chunk; all in bfloat16, but the logits.
-    """
+
+def check_memory(name, total, utilization, tokens, trust_remote_code=False):
+    """Say how engine and trainer share a GPU of `total` bytes; raise InputError if they cannot. Nothing is loaded for it."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
-    weights = 2 * sum(p.numel() for p in model.parameters())
-    a_token = 2 * 3 * sum(m.out_features for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
-    logits = 3 * 4 * 512 * config.get_text_config().vocab_size
-    gb = lambda size: f"{size / 1e9:.1f} GB"                                                            # noqa: E731
-    shares = (f"of {gb(total)} vLLM takes {gb(utilization * total)} (--gpu-memory-utilization {utilization}), the trainer "
-              f"{gb(weights)} for weights and about {gb(tokens * a_token + logits)} for a pass (--tokens-per-microbatch {tokens})")
-    if utilization * total < 1.2 * weights:
-        raise InputError(f"--model {name}: {shares}: too little for vLLM, whose weights are {gb(weights)}; give it more.")
-    if (room := (1 - utilization) * total - weights - logits) < tokens * a_token:
-        raise InputError(f"--model {name}: {shares}: this is too much; " + (
-            f"lower --tokens-per-microbatch to {int(room / a_token)}" if room > 1000 * a_token else "lower --gpu-memory-utilization") + ".")
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
+    weights, needed = memory_needed(model, tokens)
+    engine, gb = utilization * total, lambda size: f"{size / 1e9:.1f} GB"
+    shares = (f"of {gb(total)} vLLM takes {gb(engine)} (--gpu-memory-utilization {utilization}), its weights {gb(weights)} of that; the "
+              f"trainer needs as much for its own, and about {gb(needed)} for a pass (--tokens-per-microbatch {tokens})")
+    if engine < 1.2 * weights or total - engine < weights + needed:
+        raise InputError(f"--model {name}: {shares}, which does not fit: change the two flags, or take a larger GPU.")
     print("memory: " + shares)
 
 

@@ -325,8 +325,8 @@ models = [
 numbers = [(program, flag, low, high) for program, flags in {
     "art": [("--limit", 1, None), ("--rng", 0, None), ("--steps", 1, None), ("--warmup", 0, None), ("--group-size", 2, 1024), ("--prompts", 1, None), ("--updates", 1, None),
             ("--rounds", 1, None), ("--overlong-cache", 0, None), ("--max-new-tokens", 1, None), ("--max-model-len", 1, None), ("--max-num-seqs", 1, 65536), ("--tokens-per-microbatch", 1, None), ("--validation", 1, None),
-            ("--validate-every", 1, None), ("--size", 1, 2048)],
-    "eval": [("--limit", 1, None), ("--size", 1, 2048), ("--rng", 0, None), ("--max-new-tokens", 1, None), ("--max-model-len", 1, None)]}.items() for flag, low, high in flags]
+            ("--validate-every", 1, None), ("--timeout", 1, None), ("--size", 1, 2048)],
+    "eval": [("--limit", 1, None), ("--timeout", 1, None), ("--size", 1, 2048), ("--rng", 0, None), ("--max-new-tokens", 1, None), ("--max-model-len", 1, None)]}.items() for flag, low, high in flags]
 INVALID = "invalid number"
 flags = [
     *[(program, [f"{flag}={value}"], INVALID) for program, flag, low, high in numbers for value in (str(low - 1), "-1e9", "nan", "1.5", "one", "", "9" * 30, "9" * 5000, *([str(high + 1)] if high else []))],
@@ -491,6 +491,18 @@ def test_broken_weights_are_refused_by_the_engine(tmp_path, edit):
     assert result.returncode == 2, result.stderr
     assert re.match(r"eval\.py: error: --model .*: vLLM cannot start it \(", result.stderr.strip().splitlines()[-1])
     assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_template_without_an_end(tmp_path):
+    for file in TINY.iterdir():
+        if file.is_file():
+            shutil.copy(file, tmp_path)
+    loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    (tmp_path / "chat_template.jinja").write_text(loop + (TINY / "chat_template.jinja").read_text())
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, ROOT / "eval.py", "none", *EVAL, "--model", tmp_path], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and time.monotonic() - started < 30
+    assert result.stderr.strip().splitlines()[-1] == f"eval.py: error: --model {tmp_path}: its chat template does not come to an end."
 
 
 MEASURED = """import os, sys                # a small process in between: a child's peak counts from its parent's size

@@ -6,7 +6,7 @@ import torch
 import art
 import bench
 from conftest import TINY
-from eval import load_processor, model_inputs, prompt_text, TASKS
+from eval import InputError, load_processor, model_inputs, prompt_text, TASKS
 from families import FAMILIES, make
 from family_step import plain_gradient
 
@@ -158,3 +158,23 @@ def test_the_prompts_have_the_tokens_they_are_said_to_have(model, processor):
     ids = model_inputs(processor, groups[0][0].prompt, pixels.to_image())["input_ids"][0].tolist()
     assert len(ids) == 164 == len(groups[0][0].prompt_ids) and ids.count(model.config.image_token_id) == 64
     assert TINY.is_dir()
+
+
+@pytest.mark.parametrize("share", [None, 1 / 12])
+def test_the_memory_that_is_foretold_is_about_what_is_measured(processor, share):
+    """Of the tiny model and of a twelfth of Qwen3.5-0.8B's shape, in float32."""
+    model = bench.make_model(share)
+    batch = bench.make_groups(model, processor, 164, 125, 4)
+    weights, foretold = art.memory_needed(model, 164 + 4 * 125)
+    measured = bench.peak_bytes(lambda: bench.ours(model, processor, *batch))
+    print(f"{foretold / 1e6:.0f} MB foretold, {measured / 1e6:.0f} MB measured")
+    assert weights == 4 * sum(p.numel() for p in model.parameters()) and 0.7 < foretold / measured < 1.4
+
+
+def test_engine_and_trainer_must_fit_into_one_gpu(capsys):
+    """What is said and refused before anything is loaded, for the tiny model's 3.5 MB of weights and 176 MB of a pass."""
+    art.check_memory(str(TINY), 400e6, 0.5, 4096)
+    assert "of 0.4 GB vLLM takes 0.2 GB (--gpu-memory-utilization 0.5)" in capsys.readouterr().out
+    for utilization, tokens in ((0.9, 4096), (0.5, 8192), (0.005, 4096)):
+        with pytest.raises(InputError, match=f"--gpu-memory-utilization {utilization}.*--tokens-per-microbatch {tokens}.*does not fit"):
+            art.check_memory(str(TINY), 400e6, utilization, tokens)

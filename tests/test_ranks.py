@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,13 +17,13 @@ import art
 from conftest import ROOT, TINY, data
 from test_command_line import QUICK
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 FLAGS = ["--task", "gsm8k", "--seed", ROOT / "seed.png", "--model", TINY, "--data", data("gsm8k", "train"), "--prompts", 3, "--validation", 15,
          "--validate-every", 2, "--max-new-tokens", 48, "--max-model-len", 512, "--max-num-seqs", 64, "--updates", 2]
 
 
-def torchrun(*command, **options):
-    return subprocess.Popen([*TORCHRUN, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def torchrun(*command, flags=("--nproc-per-node", "2"), **options):
+    return subprocess.Popen([*TORCHRUN, *map(str, [*flags, *command])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, **options)
 
 
@@ -55,12 +56,16 @@ def test_two_ranks_train_as_one_process(tmp_path, llm, monkeypatch):
 
 
 def test_two_ranks_score_as_one_process(tmp_path):
-    """Each asks every second question, and rank 0 prints and keeps all of them."""
+    """As on two machines, each with a torchrun of its own. A rank asks every second question, and rank 0 prints and keeps all."""
     command = [ROOT / "eval.py", "none", "seed.png", "--task", "gsm8k", *QUICK, data("gsm8k", "test"), "--limit", 41, "--out"]
-    process = torchrun(*command, tmp_path / "two.json", cwd=ROOT)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert out.count("gsm8k, n = 41") == 1
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    machines = [torchrun(*command, tmp_path / "two.json", cwd=ROOT, flags=[
+        "--nnodes", 2, "--node-rank", rank, "--nproc-per-node", 1, "--master-addr", "127.0.0.1", "--master-port", port]) for rank in (0, 1)]
+    (out, err), (silent, other) = (process.communicate(timeout=300) for process in machines)
+    assert [process.returncode for process in machines] == [0, 0], err + other
+    assert out.count("gsm8k, n = 41") == 1 and silent == ""
     subprocess.run([sys.executable, *map(str, command), tmp_path / "one.json"], check=True, capture_output=True, cwd=ROOT)
     one, two = (json.loads((tmp_path / name).read_text())["tasks"]["gsm8k"] for name in ("one.json", "two.json"))
     assert [r["key"] for r in one["none"]["results"]] == [r["key"] for r in two["none"]["results"]]
