@@ -24,11 +24,9 @@ import math
 import os
 import random
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -37,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
@@ -126,12 +123,12 @@ def rollout(llm, prompts, image, group_size, max_new_tokens=512, seeds=None, tim
     from vllm import SamplingParams
     params = [SamplingParams(n=group_size, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0, seed=seed)
               for seed in seeds or [None] * len(prompts)]        # vLLM counts on from the seed for each of the completions
-    requests = generate(llm, prompts, [image] * len(prompts), params, timeout=timeout)
-    return [[Completion(prompt, list(request.prompt_token_ids), list(o.token_ids),
+    outputs = dict(generate(llm, prompts, [image] * len(prompts), params, timeout))
+    return [[Completion(prompt, list(outputs[i].prompt_token_ids), list(o.token_ids),
                         [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)], o.text,
                         o.finish_reason == "length")
-             for o in request.outputs]
-            for prompt, request in zip(prompts, requests, strict=True)]
+             for o in outputs[i].outputs]
+            for i, prompt in enumerate(prompts)]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -392,16 +389,17 @@ def memory_needed(model, tokens):
     return sum(p.nbytes for p in model.parameters()), 3 * (tokens * outputs * model.dtype.itemsize + 4 * logits)
 
 
-def check_memory(name, total, utilization, tokens, trust_remote_code=False):
-    """Say how engine and trainer share a GPU of `total` bytes; raise InputError if they cannot. Nothing is loaded for it."""
+def check_memory(name, free, total, utilization, tokens, trust_remote_code=False):
+    """Say how engine and trainer share a GPU of `total` bytes, of which `free` are; raise InputError if they cannot. Nothing is
+    loaded for it."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     weights, needed = memory_needed(model, tokens)
     engine, gb = utilization * total, lambda size: f"{size / 1e9:.1f} GB"
-    shares = (f"of {gb(total)} vLLM takes {gb(engine)} (--gpu-memory-utilization {utilization}), its weights {gb(weights)} of that; the "
+    shares = (f"of {gb(total)} ({gb(free)} free) vLLM takes {gb(engine)} (--gpu-memory-utilization {utilization}), its weights {gb(weights)} of that; the "
               f"trainer needs as much for its own, and about {gb(needed)} for a pass (--tokens-per-microbatch {tokens})")
-    if engine < 1.2 * weights or total - engine < weights + needed:
+    if engine < 1.2 * weights or free - engine < weights + needed:
         raise InputError(f"--model {name}: {shares}, which does not fit: change the two flags, or take a larger GPU.")
     print("memory: " + shares)
 
@@ -432,15 +430,6 @@ def split_validation(examples, count):
             chosen.add(key)
             left -= sizes[key]
     return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen]
-
-
-
-def save_png(image, path, notes={}):
-    """Write a PNG with `notes` in its text chunks."""
-    chunks = PngInfo()
-    for keyword, text in notes.items():
-        chunks.add_text(keyword, str(text))
-    save(png_bytes(image, chunks), path)
 
 
 def load_state(path, settings, shape):
@@ -512,26 +501,28 @@ FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tok
 
 def train(args):
     """Train one image as `args` (see the flags below) say; everything it makes lies in `args.out`, for it alone."""
-    ranks = Ranks()
-    with tempfile.TemporaryDirectory() if ranks.rank else nullcontext(args.out) as out:      # what rank 0 writes is enough
-        out = Path(out)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(folder := os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)      # let go of even at a kill
-        except OSError as error:
-            reason = "another run is at work in it" if isinstance(error, BlockingIOError) else error.strerror
-            raise InputError(f"--out {out}: {reason}; name another folder.") from error
-        try:
-            loop(args, out, ranks)
-        finally:
-            os.close(folder)
-            if not os.listdir(out):                                 # a wrong input leaves no empty folder
-                out.rmdir()
+    ranks, out = Ranks(), Path(args.out)
+    if ranks.rank:                                                  # rank 0 writes
+        return loop(args, out, ranks)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        fcntl.flock(folder := os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)          # let go of even at a kill
+    except OSError as error:
+        reason = "another run is at work in it" if isinstance(error, BlockingIOError) else error.strerror
+        raise InputError(f"--out {out}: {reason}; name another folder.") from error
+    try:
+        if not args.resume and any(os.path.exists(out / name) for name in ("metrics.jsonl", "state.safetensors")):
+            raise InputError(f"--out {out}: it holds a run already; go on with it by --resume, or name another folder.")
+        loop(args, out, ranks)
+    except torch.OutOfMemoryError as error:
+        raise InputError("the GPU's memory is full: lower --tokens-per-microbatch or --gpu-memory-utilization; --resume goes on.") from error
+    finally:
+        os.close(folder)
+        if not os.listdir(out):                                     # a wrong input leaves no empty folder
+            out.rmdir()
 
 
 def loop(args, out, ranks):
-    if not args.resume and any(os.path.exists(out / name) for name in ("metrics.jsonl", "state.safetensors")):
-        raise InputError(f"--out {out}: it holds a run already; go on with it by --resume, or name another folder.")
     torch.manual_seed(args.rng)
     seed = load_seed(args.seed, args.size)
     task = TASKS[args.task]
@@ -551,7 +542,15 @@ def loop(args, out, ranks):
     # The paper's betas, eps and weight decay are not known to us; any decay would pull the picture to grey.
     optimizer = torch.optim.AdamW(pixels.parameters(), lr=args.lr, weight_decay=0.0)
     done = []                                                       # the metrics of each step
-    write_metrics = lambda: save("".join(json.dumps(m) + "\n" for m in done).encode(), out / "metrics.jsonl")       # noqa: E731
+
+    def write(data, name):
+        if ranks.rank == 0:
+            save(data, out / name)
+
+    def write_metrics():
+        write("".join(json.dumps(m) + "\n" for m in done).encode(), "metrics.jsonl")
+    if len({*map(json.dumps, ranks.gather(settings))}) > 1:
+        raise InputError("torchrun: the ranks have different flags, data or seeds; give all of them the same.")
     if args.resume:
         done, tensors = ranks.gather(None if ranks.rank else load_state(out / "state.safetensors", settings, seed.shape))[0]
         write_metrics()
@@ -561,9 +560,9 @@ def loop(args, out, ranks):
     notes = {"Title": f"ART image for {args.task}", "Software": f"art.py {__version__} (arXiv 2606.11854)", "model": args.model,
              "task": args.task, "settings": json.dumps(settings)}
     # A folder that cannot be written is refused before a model is loaded.
-    save_png(pixels.to_image(), out / "last.png", {**notes, "step": max(0, len(done) - 1)})
+    write(png_bytes(pixels.to_image(), {**notes, "step": max(0, len(done) - 1)}), "last.png")
     if device == "cuda":
-        check_memory(args.model, torch.cuda.mem_get_info()[1], args.gpu_memory_utilization, args.tokens_per_microbatch,
+        check_memory(args.model, *torch.cuda.mem_get_info(), args.gpu_memory_utilization, args.tokens_per_microbatch,
                      args.trust_remote_code)
     llm = load_engine(args.model, args.max_model_len, args.max_num_seqs, args.gpu_memory_utilization, args.rng,
                       args.trust_remote_code)
@@ -580,11 +579,11 @@ def loop(args, out, ranks):
         nonlocal best
         image = pixels.to_image()
         results = evaluate(llm, processor, task, validation[ranks.mine], image, args.max_new_tokens, args.timeout)
-        accuracy = float(np.mean([r["score"] for r in chain(*ranks.gather(results))]))
+        accuracy = float(np.mean([*chain(*ranks.gather([r["score"] for r in results]))]))
         if accuracy > best:                                  # the earlier image wins a tie: it is nearer to the seed
             best = accuracy
-            save_png(image, out / "best.png", {**notes, "step": step, "validation": accuracy})
-        save_png(panel(seed_image, image), out / "panel.png")
+            write(png_bytes(image, {**notes, "step": step, "validation": accuracy}), "best.png")
+        write(png_bytes(panel(seed_image, image)), "panel.png")
         tqdm.write(f"step {step:4d}  validation {100 * accuracy:5.1f} %  (best {100 * best:5.1f} %)")
         return accuracy
 
@@ -617,7 +616,7 @@ def loop(args, out, ranks):
         image = pixels.to_image()
         metrics["moved"] = float(np.abs(np.asarray(image, dtype=int) - np.asarray(seed_image)).mean())
         metrics["trainer_s"] = time.time() - start
-        save_png(image, out / "last.png", {**notes, "step": step})
+        write(png_bytes(image, {**notes, "step": step}), "last.png")
         tqdm.write(f"step {step:4d}  reward {metrics['reward']:.3f}  score {metrics['score']:.3f}  groups "
                    f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  {note}"
                    f"moved {metrics['moved']:.1f}  {metrics['rollout_s']:.1f} + {metrics['trainer_s']:.1f} s")
@@ -632,15 +631,15 @@ def loop(args, out, ranks):
             done.append(metrics)
             # The state comes first and holds all the metrics: killed between the two, a run still goes on where it was.
             tensors = {"logits": pixels.logits.detach(), **optimizer.state[pixels.logits]}
-            save(safetensors_bytes({name: tensor.cpu() for name, tensor in tensors.items()},
-                                   {"run": json.dumps({"settings": settings, "metrics": done})}), out / "state.safetensors")
+            write(safetensors_bytes({name: tensor.cpu() for name, tensor in tensors.items()},
+                                    {"run": json.dumps({"settings": settings, "metrics": done})}), "state.safetensors")
             write_metrics()
             bar.set_postfix(reward=f"{metrics.get('reward', 0):.3f}", best=f"{best:.3f}")
             bar.update(min(1, step))
             if metrics.get("skipped") and sum(m["skipped"] for m in done[1:]) >= 10:
                 raise InputError("10 steps gave a loss, gradient or logprob that is no finite number and were skipped: the run ends.")
     except KeyboardInterrupt:
-        save_png(panel(seed_image, pixels.to_image()), out / "panel.png")
+        write(png_bytes(panel(seed_image, pixels.to_image())), "panel.png")
         tqdm.write("interrupted; --resume goes on after the last whole step")
         sys.exit(130)
     finally:

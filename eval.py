@@ -21,15 +21,16 @@ import math
 import multiprocessing
 import os
 import pickle
+import queue
 import re
 import sys
 import threading
 import time
 import warnings
 from collections import Counter
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from heapq import nsmallest
 from itertools import islice, repeat
@@ -38,6 +39,7 @@ from typing import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 
@@ -471,20 +473,20 @@ TASKS = {
 # ------------------------------------------------------------------------------------------------------------------
 # Processes: what to do when one hangs, and how several share the work
 
-KEPT = "what is done is kept: art.py goes on with --resume, eval.py with the same --out"
+KEPT = "what was kept is whole: art.py goes on with --resume, eval.py with the same --out"
 
 
 @contextmanager
 def deadline(seconds, sentence):
-    """End the program with `sentence` and exit code 2, whatever hangs in it, unless the block ends within `seconds`; or at
-    once if one of its child processes dies, for vLLM may wait for it for ever."""
-    done, children = threading.Event(), multiprocessing.active_children()
+    """End the program with `sentence` and exit code 2, whatever hangs in this block, after `seconds` of silence, or at once if a
+    child process dies, which vLLM may not notice. The block gets a list, to set its only item, the silent seconds so far."""
+    done, children, silent = threading.Event(), multiprocessing.active_children(), [0]
 
     def watch():
-        end = time.monotonic() + seconds
-        while not done.wait(min(1, seconds)):
+        while not done.wait(1):                         # counted, for a program that was suspended has not hung
+            silent[0] += 1
             dead = [child.name for child in children if not child.is_alive()]
-            if dead or time.monotonic() > end:
+            if dead or silent[0] > seconds:
                 reason = f"the process {dead[0]} died; {KEPT}." if dead else sentence
                 print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr, flush=True)
                 for child in children:
@@ -492,7 +494,7 @@ def deadline(seconds, sentence):
                 os._exit(2)
     threading.Thread(target=watch, daemon=True).start()
     try:
-        yield
+        yield silent
     finally:
         done.set()
 
@@ -500,32 +502,27 @@ def deadline(seconds, sentence):
 class Ranks:
     """The processes that torchrun started, each with a GPU, an engine and a model of its own; without torchrun, this one.
 
-    `mine` is the part of a list that falls to this rank. Rank 0 writes and prints. The ranks talk through torchrun's store and a
-    gloo group of their own, since vLLM makes torch.distributed's default group in each process.
+    `mine` is the part of a list that falls to this rank. Rank 0 writes and prints. They have a gloo group of their own, since
+    vLLM makes torch.distributed's default group in each process. Raises InputError if a rank has no GPU, where there are some.
     """
     def __init__(self):
-        self.rank, self.size, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.mine = slice(self.rank, None, self.size)
         if self.size > 1:
+            import torch
             from torch import distributed
-            self.store, _, _ = next(distributed.rendezvous("env://"))
-            self.group = distributed.ProcessGroupGloo(distributed.PrefixStore("gloo", self.store), self.rank, self.size)
-            gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(64)))).split(",")
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["LOCAL_RANK"])]
+            local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if gpus:
+                if local >= gpus:
+                    raise InputError(f"torchrun: rank {local} of this machine has no GPU of its own, for it has {gpus}.")
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES", "") or ",".join(map(str, range(gpus)))
+                os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local]
+            store, _, _ = next(distributed.rendezvous("env://"))
+            self.group = distributed.ProcessGroupGloo(store, self.rank, self.size, timedelta(days=7))
         if self.rank:
             sys.stdout = open(os.devnull, "w")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
             os.environ.pop(name, None)                  # vLLM would take them for its own
-
-    def gather(self, value):
-        """The `value` of every rank, in their order."""
-        if self.size == 1:
-            return [value]
-        self.count += 1
-        self.store.set(f"{self.count} {self.rank}", pickle.dumps(value))
-        values = [pickle.loads(self.store.get(f"{self.count} {rank}")) for rank in range(self.size)]
-        self.store.delete_key(f"{self.count - 1} {self.rank}")          # all have read it, for all have come as far as here
-        return values
 
     def add_up(self, tensor):
         """Sum `tensor` over the ranks, in place."""
@@ -533,6 +530,20 @@ class Ranks:
             total = tensor.cpu()
             self.group.allreduce([total]).wait()
             tensor.copy_(total)
+
+    def gather(self, value):
+        """The `value` of every rank, in their order."""
+        if self.size == 1:
+            return [value]
+        import torch
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.long)
+        sizes[self.rank] = len(mine)
+        self.add_up(sizes)
+        parts = [mine if rank == self.rank else torch.empty(size, dtype=torch.uint8) for rank, size in enumerate(sizes.tolist())]
+        for rank, part in enumerate(parts):
+            self.group.broadcast(part, rank).wait()
+        return [pickle.loads(part.numpy().tobytes()) for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -565,8 +576,12 @@ def open_picture(path):
         raise InputError(f"{path}: it cannot be read as a picture ({first_line(error)}).") from error
 
 
-def png_bytes(picture, chunks=None):
-    """A PNG file. Without text `chunks` it is the losslessly compressed pixels alone: the paper's measure of what they store."""
+def png_bytes(picture, notes={}):
+    """A PNG file, with `notes` in its text chunks. Without, it is the losslessly compressed pixels: the paper's measure of what
+    they store."""
+    chunks = PngInfo()
+    for keyword, text in notes.items():
+        chunks.add_text(keyword, str(text))
     picture.save(buffer := io.BytesIO(), "PNG", optimize=True, pnginfo=chunks)
     return buffer.getvalue()
 
@@ -646,6 +661,7 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
     try:
         return LLM(model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=seed,
                    generation_config="vllm", use_tqdm_on_load=False, limit_mm_per_prompt={"image": 1, "video": 0},
+                   mm_processor_cache_gb=0.2,           # of the last images; each step has a new one, and 4 are the default
                    trust_remote_code=trust_remote_code, load_format="safetensors", **options)
     except Exception as error:          # too little memory, unknown architecture, broken weights: vLLM raises anything
         raise InputError(f"--model {model}: vLLM cannot start it ({' '.join(str(error).split())}).") from error
@@ -665,29 +681,27 @@ def prompt_text(processor, task, example, image=True):
 TEMPLATED = {"add_special_tokens": False}
 
 
-def generate(llm, prompts, pictures, params, finished=None, timeout=60):
-    """vLLM's outputs for rendered prompts, each with its PIL picture or None. All are handed over at once; `finished(i, output)`
-    is called for each as it ends. Raises InputError if the engine dies; if a step of it takes `timeout` seconds, the program ends.
-    """
+def generate(llm, prompts, pictures, params, timeout=60):
+    """Yield (i, vLLM's output) for rendered prompts, each with its PIL picture or None, as they end; all are handed over at once.
+    Raises InputError if the engine fails; if it makes no step for `timeout` seconds, the program ends."""
     from vllm.sampling_params import RequestOutputKind
-    engine, outputs = llm.llm_engine, [None] * len(prompts)
+    engine, added = llm.llm_engine, []
     try:
-        for i, (prompt, picture, each) in enumerate(zip(prompts, pictures, params, strict=True)):
-            each.output_kind = RequestOutputKind.FINAL_ONLY
-            image = {} if picture is None else {"multi_modal_data": {"image": picture}}
-            engine.add_request(str(i), {"prompt": prompt, **image}, each, tokenization_kwargs=TEMPLATED)
-        while engine.has_unfinished_requests():
-            with deadline(timeout, f"vLLM hangs: it made no step in {timeout} seconds (--timeout); {KEPT}."):
-                ended = engine.step()
-            for output in ended:
-                outputs[int(output.request_id)] = output
-                if finished:
-                    finished(int(output.request_id), output)
-    except InputError:
-        raise
+        with deadline(timeout, f"vLLM hangs: it made no step in {timeout} seconds (--timeout); {KEPT}.") as silent:
+            for i, (prompt, picture, each) in enumerate(zip(prompts, pictures, params, strict=True)):
+                each.output_kind = RequestOutputKind.FINAL_ONLY
+                image = {} if picture is None else {"multi_modal_data": {"image": picture}}
+                added.append(engine.add_request(str(i), {"prompt": prompt, **image}, each, tokenization_kwargs=TEMPLATED))
+                silent[0] = 0
+            while engine.has_unfinished_requests():
+                ended, silent[0] = engine.step(), -math.inf             # what the caller does with them takes its time
+                yield from ((int(output.request_id), output) for output in ended)
+                silent[0] = 0
     except Exception as error:                          # its process died, the GPU's memory is full: vLLM raises anything
         raise InputError(f"vLLM ended in the middle of its work ({first_line(error)}); {KEPT}.") from error
-    return outputs
+    finally:
+        with suppress(Exception):                       # after an interrupt, nothing may be left for the next call
+            engine.abort_request(added, internal=True)
 
 
 def model_inputs(processor, text, image=None):
@@ -701,8 +715,11 @@ def fitting(processor, task, examples, max_tokens, picture, string=0):
     tokenizer = processor.tokenizer
     ids = lambda text: tokenizer(text, **TEMPLATED)["input_ids"]                                        # noqa: E731
     bare, behind = (render(processor, user_turn("", image), None) for image in (False, True))
-    placeholder = {i for i in {*ids(behind)} - {*ids(bare)} if i in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[i].special}
-    more = max(string, 0 if picture is None else model_inputs(processor, behind, picture)["input_ids"].shape[1] - len(ids(bare)))
+    expanded = model_inputs(processor, behind, picture or random_picture(256, 0))["input_ids"][0].tolist()
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    placeholder = special & {*ids(behind), *expanded} - {*ids(bare)} | {
+        getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
+    more = max(string, len(expanded) - len(ids(bare)) if picture else 0)
     prompts = [ids(prompt_text(processor, task, e, image=False)) for e in examples]
     marked, long = [not placeholder.isdisjoint(p) for p in prompts], [len(p) + more > max_tokens for p in prompts]
     kept = [e for e, *wrong in zip(examples, marked, long) if not any(wrong)]
@@ -712,7 +729,8 @@ def fitting(processor, task, examples, max_tokens, picture, string=0):
         print(f"left out {sum(long)} of {len(examples)} examples: their prompts are longer than "
               f"{max_tokens} tokens (--max-model-len less --max-new-tokens)", file=sys.stderr)
     if not kept:
-        raise InputError(f"every prompt is longer than {max_tokens} tokens, --max-model-len less --max-new-tokens: raise it.")
+        raise InputError(f"every prompt is longer than {max_tokens} tokens, --max-model-len less --max-new-tokens: raise it."
+                         if any(long) else "every question holds the image's placeholder.")
     return kept
 
 
@@ -751,13 +769,12 @@ def random_string(tokenizer, count, *seed):
     return tokenizer.decode(ids)
 
 
-def ask_engine(llm, processor, requests, answered, sampling=GREEDY, timeout=60):
-    """Ask vLLM in this process, which gets all requests at once. answered(i, [(text, tokens, cut)] of each sample) is called
-    as soon as request number i is done."""
+def ask_engine(llm, processor, requests, sampling=GREEDY, timeout=60):
+    """Ask vLLM in this process, which gets all requests at once. Yields (i, [(text, tokens, cut)] of its samples) as they end."""
     from vllm import SamplingParams
-    generate(llm, [render(processor, *turn) for *turn, _ in requests], [picture for *_, picture in requests],
-             [SamplingParams(**sampling)] * len(requests), timeout=timeout, finished=lambda i, output: answered(i, [
-                 (o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]))
+    prompts = [render(processor, messages, tools) for messages, tools, _ in requests]
+    for i, output in generate(llm, prompts, [picture for *_, picture in requests], [SamplingParams(**sampling)] * len(requests), timeout):
+        yield i, [(o.text, len(o.token_ids), o.finish_reason == "length") for o in output.outputs]
 
 
 def wire(messages, picture):
@@ -786,18 +803,17 @@ def connect(url, **options):
                          http_client=openai.DefaultHttpxClient(follow_redirects=False), **options)
 
 
-def ask_server(url, model, requests, answered, sampling=GREEDY, timeout=60, parallel=64):
-    """Ask an OpenAI-compatible server, such as vLLM's, likewise, `parallel` requests at a time. Raises InputError.
+def ask_server(url, model, requests, sampling=GREEDY, timeout=60, parallel=64):
+    """Ask an OpenAI-compatible server, such as vLLM's, likewise, `parallel` requests at a time.
 
-    Failures are retried five times with growing pauses. The tokens of several samples are their mean. If no request is done
-    for `timeout` seconds, the program ends.
+    Failures are retried five times with growing pauses. The tokens of several samples are their mean. Raises InputError if
+    an answer is none, or if none comes for `timeout` seconds.
     """
     import openai
-    client = connect(url, max_retries=5, timeout=600)
+    client, todo, done = connect(url, max_retries=5, timeout=600), queue.SimpleQueue(), queue.SimpleQueue()
     links = {id(p): "data:image/png;base64," + base64.b64encode(png_bytes(p)).decode() for _, _, p in requests if p is not None}
 
-    def ask(request):
-        messages, tools, picture = request
+    def ask(messages, tools, picture):
         # Calls are read from the text, as in process: the server is not to parse them.
         response = client.chat.completions.create(
             model=model, messages=wire(messages, links.get(id(picture))), top_p=1.0, **sampling,
@@ -808,19 +824,28 @@ def ask_server(url, model, requests, answered, sampling=GREEDY, timeout=60, para
             raise ValueError(f"{len(response.choices)} choices for {sampling['n']}")
         return [(c.message.content or "", response.usage.completion_tokens / sampling["n"], c.finish_reason == "length")
                 for c in response.choices]
-    pool = ThreadPoolExecutor(parallel)
-    places = {pool.submit(ask, request): i for i, request in enumerate(requests)}
-    try:
-        while places:
-            with deadline(timeout, f"--server {url}: no request was done in {timeout} seconds (--timeout); {KEPT}."):
-                done, _ = wait(places, return_when=FIRST_COMPLETED)
-            for future in done:
-                answered(places.pop(future), future.result())
-    except (openai.OpenAIError, *NONSENSE) as error:
-        raise InputError(f"--server {url}: it gives no completions of {model} ({first_line(error)}); {KEPT}.") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        client.close()
+
+    def work():
+        while True:
+            i, request = todo.get()
+            try:
+                done.put((i, ask(*request)))
+            except Exception as error:
+                done.put((i, error))
+    for job in enumerate(requests):
+        todo.put(job)
+    for _ in range(parallel):                           # daemons, which no request that hangs can keep from ending
+        threading.Thread(target=work, daemon=True).start()
+    for _ in requests:
+        try:
+            i, samples = done.get(timeout=timeout)
+        except queue.Empty:
+            raise InputError(f"--server {url}: no request was done in {timeout} seconds (--timeout); {KEPT}.") from None
+        if isinstance(samples, (openai.OpenAIError, *NONSENSE)):
+            raise InputError(f"--server {url}: it gives no completions of {model} ({first_line(samples)}); {KEPT}.") from samples
+        if isinstance(samples, Exception):
+            raise samples
+        yield i, samples
 
 
 def served_model(url):
@@ -845,12 +870,8 @@ def judge(task, example, samples):
 
 def evaluate(llm, processor, task, examples, arm, max_new_tokens=512, timeout=60):
     """Greedy completions of `examples` behind `arm` and their scores, as `judge` gives them."""
-    results = [None] * len(examples)
-
-    def answered(i, samples):
-        results[i] = judge(task, examples[i], samples)
-    ask_engine(llm, processor, arm_requests(processor, task, examples, arm), answered, {**GREEDY, "max_tokens": max_new_tokens}, timeout)
-    return results
+    asked = ask_engine(llm, processor, arm_requests(processor, task, examples, arm), {**GREEDY, "max_tokens": max_new_tokens}, timeout)
+    return [judge(task, examples[i], samples) for i, samples in sorted(asked, key=lambda each: each[0])]
 
 
 def bootstrap_interval(scores, keys=None, resamples=10_000, level=0.95, seed=0):
@@ -899,7 +920,7 @@ def report(task, arms, baseline=None):
 
 def save(data, path):
     """Write bytes whole or not at all: no kill or full disk leaves a broken file. Raises InputError."""
-    unfinished = Path(path).with_name("unfinished.tmp")
+    unfinished = Path(path).with_name(Path(path).name + ".tmp")
     try:
         with open(unfinished, "wb") as file:
             file.write(data)
@@ -959,6 +980,8 @@ def score_arms(args, arms, pictures, saved, ranks):
         examples[task] = fitting(processor, TASKS[task], TASKS[task].load("test", data, args.limit),
                                  args.max_model_len - args.max_new_tokens, largest, string)
         held, questions = saved["tasks"].setdefault(task, {}), f"{key_hash(repr(examples[task])):x}"
+        if len({*ranks.gather(questions)}) > 1:
+            raise InputError(f"--task {task}: the ranks have different questions; give all of them the same data and flags.")
         if any(a["questions"] != questions for a in held.values()):
             raise InputError(f"--out {args.out}: its arms answered other questions of {task} (other data, or other prompts that were "
                              "too long): name another file.")
@@ -967,29 +990,28 @@ def score_arms(args, arms, pictures, saved, ranks):
                 held[name] = {**pictures[name], "questions": questions, "results": [None] * len(examples[task])}
             requests = arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size)
             todo += [(task, name, i, request) for i, request in enumerate(requests) if held[name]["results"][i] is None]
-    mine, kept_at = todo[ranks.mine], time.monotonic()
-
-    def answered(place, samples):
-        nonlocal kept_at
-        task, name, i, _ = mine[place]
-        saved["tasks"][task][name]["results"][i] = judge(TASKS[task], examples[task][i], samples)
-        bar.update()
-        if args.out and time.monotonic() > kept_at + 10:
-            save(json.dumps(saved).encode(), args.out)
-            kept_at = time.monotonic()
-    ask = [request for *_, request in mine], answered, sampling, args.timeout
-    with tqdm(total=len(mine), unit=" questions", disable=None) as bar:
-        try:
-            if args.server:
-                ask_server(args.server, served, *ask)
-            elif mine:
-                llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
-                                  trust_remote_code=args.trust_remote_code)
-                ask_engine(llm, processor, *ask)
-        finally:
-            if args.out:
+    mine, kept_at, fresh = todo[ranks.mine], time.monotonic(), 0
+    ask = [request for *_, request in mine], sampling, args.timeout
+    if args.server:
+        completions = ask_server(args.server, served, *ask)
+    elif mine:
+        llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
+                          trust_remote_code=args.trust_remote_code)
+        completions = ask_engine(llm, processor, *ask)
+    else:
+        completions = ()
+    try:
+        for place, samples in tqdm(completions, total=len(mine), unit=" questions", disable=ranks.rank > 0 or not mine or None):
+            task, name, i, _ = mine[place]
+            saved["tasks"][task][name]["results"][i] = judge(TASKS[task], examples[task][i], samples)
+            fresh += 1
+            if args.out and time.monotonic() > kept_at + 10:
                 save(json.dumps(saved).encode(), args.out)
-    for part in ranks.gather([(*job, saved["tasks"][job[0]][job[1]]["results"][job[2]]) for *job, _ in mine]):
+                kept_at = time.monotonic()
+    finally:
+        if args.out and fresh:
+            save(json.dumps(saved).encode(), args.out)
+    for part in ranks.gather([(task, name, i, saved["tasks"][task][name]["results"][i]) for task, name, i, _ in mine]):
         for task, name, i, result in part:
             saved["tasks"][task][name]["results"][i] = result
 
@@ -1043,6 +1065,8 @@ def main(args):
         args.task = args.task or [notes.get("task")]
         if args.task[0] not in TASKS:
             raise InputError(f"--task is missing, and no picture tells its task: choose among {', '.join(TASKS)}.")
+        if len({*args.task}) < len(args.task):
+            raise InputError(f"--task {' '.join(args.task)}: one is named twice.")
         if args.data and len(args.data) != len(args.task):
             raise InputError(f"--data: {len(args.data)} files for {len(args.task)} tasks; give one for each task, in their order.")
         if args.samples > 1 and not args.temperature:

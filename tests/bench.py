@@ -246,6 +246,17 @@ def trainer_table(name, model, processor, shapes, repetitions, alone=False):
                   + (f"{least:.2f} | {mine / least:.2f} |" if way == "ours" else "| |"), flush=True)
 
 
+def floor_table(processor, repetitions, share):
+    """How far ours is from the floor with and without transformers' reference kernel of the gated delta net: GSM8K's shape, G = 8."""
+    print("\n| layers | seconds | floor, s | times floor |\n|---|---|---|---|")
+    for kinds in ["linear_attention", "full_attention"], ["full_attention"] * 2:
+        model = make_model(share, layer_types=kinds)
+        batch = make_groups(model, processor, 164, 250, 8)
+        took = median([seconds(lambda: ours(model, processor, *batch)) for _ in range(repetitions + 1)][1:])
+        least = floor_flops(model, 164, 250, 8) / matrix_rate(model, 164 + 2000)
+        print(f"| {' and '.join(dict.fromkeys(kinds))} | {took:.2f} | {least:.2f} | {took / least:.2f} |", flush=True)
+
+
 def growth_table(processor, repetitions):
     """Ours on the tiny model, one thing varied at a time around GSM8K's shape."""
     base = dict(P=164, C=250, G=8, image=256, vocabulary=1024)
@@ -293,7 +304,7 @@ def engine_tables(processor, repetitions, folder):
         art.backward(model, processor, pixels, groups, advantages)
         mark()
         optimizer.step()
-        art.save_png(pixels.to_image(), Path(folder) / "last.png")
+        tasks.save(tasks.png_bytes(pixels.to_image()), Path(folder) / "last.png")
         mark()
         for part, a, b in zip(spent, marks, marks[1:]):
             spent[part].append(b - a)
@@ -314,12 +325,8 @@ def engine_tables(processor, repetitions, folder):
     prompts = [tasks.prompt_text(processor, task, e) for e in examples[:32]]
     requests = [{"prompt": p, "multi_modal_data": {"image": image}} for p in prompts]
     questions = [(*task.messages(e), image) for e in examples[:300]]
-
-    def ask(part):
-        """Completion tokens of these questions."""
-        found = []
-        tasks.ask_engine(llm, processor, part, lambda i, samples: found.extend(n for _, n, _ in samples), {**tasks.GREEDY, "max_tokens": 64})
-        return sum(found)
+    ask = lambda part: sum(n for _, samples in tasks.ask_engine(                                        # noqa: E731
+        llm, processor, part, {**tasks.GREEDY, "max_tokens": 64}) for _, n, _ in samples)
     works = {
         "32 x 8 completions, vLLM alone": lambda: sum(len(o.token_ids) for r in llm.generate(requests, params, use_tqdm=False)
                                                       for o in r.outputs),
@@ -343,7 +350,7 @@ def engine_tables(processor, repetitions, folder):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["trainer", "growth", "engine"], metavar="trainer | growth | engine")
+    parser.add_argument("parts", nargs="*", default=["trainer", "floor", "growth", "engine"], metavar="trainer | floor | growth | engine")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="all of Qwen3.5-0.8B's layers and vocabulary, not a twelfth of them")
     args = parser.parse_args()
@@ -361,6 +368,8 @@ if __name__ == "__main__":
         trainer_table(f"Qwen3.5-0.8B's shape, {model.config.text_config.num_hidden_layers} of 24 layers, "
                       f"{model.config.text_config.vocab_size:,} of 248,320 tokens", model, processor, shapes, args.repetitions,
                       alone=not GPU)
+    if "floor" in args.parts:
+        floor_table(processor, args.repetitions, 1 if args.full else 1 / 12)
     if "growth" in args.parts:
         growth_table(processor, args.repetitions)
     if "engine" in args.parts:

@@ -24,16 +24,27 @@ def declare_operators():
         library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def multiply_in_float32():
+def multiply_in_float32(rows=64):
     """A processor without AVX-512: torch multiplies bfloat16 there some ten times slower than float32. The sums are float32 in
-    both ways; the result is rounded to bfloat16."""
+    both ways; the result is rounded to bfloat16. So many rows at a time, so that a row's result does not depend on the others."""
     functional = importlib.import_module("torch.nn.functional")
-    for name in "linear", "conv1d":
-        def wider(x, weight, bias=None, *args, real=getattr(functional, name), **options):
-            if x.dtype.is_floating_point and x.dtype.itemsize == 2 and not x.requires_grad:
-                return real(x.float(), weight.float(), None if bias is None else bias.float(), *args, **options).to(x.dtype)
-            return real(x, weight, bias, *args, **options)
-        setattr(functional, name, wider)
+    linear, conv1d, pad, cat = functional.linear, functional.conv1d, functional.pad, importlib.import_module("torch").cat
+
+    def narrow(x):
+        return x.dtype.is_floating_point and x.dtype.itemsize == 2 and not x.requires_grad
+
+    def wider_linear(x, weight, bias=None):
+        if not narrow(x):
+            return linear(x, weight, bias)
+        flat, bias, weight = x.reshape(-1, x.shape[-1]), None if bias is None else bias.float(), weight.float()
+        parts = pad(flat.float(), (0, 0, 0, -len(flat) % rows)).split(rows)
+        return cat([linear(part, weight, bias) for part in parts])[:len(flat)].to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    def wider_conv1d(x, weight, bias=None, *args, **options):
+        if not narrow(x):
+            return conv1d(x, weight, bias, *args, **options)
+        return conv1d(x.float(), weight.float(), None if bias is None else bias.float(), *args, **options).to(x.dtype)
+    functional.linear, functional.conv1d = wider_linear, wider_conv1d
 
 
 FIXES = {"torchvision": declare_operators, "vllm": multiply_in_float32}

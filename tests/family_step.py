@@ -116,7 +116,7 @@ def measure(name, folder):
     _, _, causal_gap = plain_gradient(model, processor, pixels_of(logits), groups, advantages, causal=True)
     far = lambda found: ((found - expected).norm() / expected.norm()).item()                            # noqa: E731
     pixels, prompt = pixels_of(logits), groups[0][0]
-    art.save_png(pixels.to_image(), folder / "image.png")
+    tasks.save(tasks.png_bytes(pixels.to_image()), folder / "image.png")
     png, tensor = (tasks.model_inputs(processor, prompt.prompt, image)["pixel_values"]
                    for image in (tasks.open_picture(folder / "image.png"), pixels()))
     return {"family": name, "size": size, "image_tokens": prompt.prompt_ids.count(image_token), "refused": refused,

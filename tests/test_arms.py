@@ -191,7 +191,7 @@ def test_the_png_knows_what_it_is(tmp_path):
     """Model and task are taken from the picture's text chunks, whatever else they hold; the pixels are untouched."""
     seed = Image.open(ROOT / "seed.png").convert("RGB")
     notes = {"Title": "ART image for gsm8k", "model": str(TINY), "task": "gsm8k", "step": 7, "settings": "{}", "Ünïcode": "schön " * 1000}
-    art.save_png(seed, tmp_path / "a b.png", notes)
+    tasks.save(tasks.png_bytes(seed, notes), tmp_path / "a b.png")
     assert tasks.png_notes(tmp_path / "a b.png") == {k: str(v) for k, v in notes.items()}
     assert np.array_equal(np.asarray(tasks.open_picture(tmp_path / "a b.png")), np.asarray(seed))
     assert tasks.png_bytes(tasks.open_picture(tmp_path / "a b.png")) == tasks.png_bytes(seed)

@@ -61,12 +61,12 @@ def test_answers_are_kept_as_they_come_and_not_asked_again(tmp_path, monkeypatch
     monkeypatch.setattr(tasks.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(tasks, "load_engine", lambda *args, **options: None)
 
-    def ask(llm, processor, requests, answered, sampling, timeout):
+    def ask(llm, processor, requests, sampling, timeout):
         asked.append(len(requests))
         for i in range(len(requests))[::-1]:                            # they end in any order
             if len(asked) == 1 and i == 10:
                 raise SystemExit(len([r for r in json.loads(out.read_text())["tasks"]["gsm8k"]["none"]["results"] if r]))
-            answered(i, [(f"Answer: {i}", 3, False)])
+            yield i, [(f"Answer: {i}", 3, False)]
     monkeypatch.setattr(tasks, "ask_engine", ask)
     argv = ["eval.py", "none", "--task", "gsm8k", "--model", str(TINY), "--data", data("gsm8k", "test"), "--limit", "40", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", argv)
@@ -154,7 +154,7 @@ def nonsense(where, name):
             last = refused(ROOT / "eval.py", "none", "--task", "gsm8k", "--data", data("gsm8k", "test"), "--limit", 3, "--timeout", 5, "--server", url)
             return last.removeprefix("eval.py: error: "), url, time.monotonic() - started
         with pytest.raises(tasks.InputError) as error:
-            tasks.ask_server(url, tasks.served_model(url), [(tasks.user_turn("a", False), None, None)] * 3, lambda *_: None)
+            list(tasks.ask_server(url, tasks.served_model(url), [(tasks.user_turn("a", False), None, None)] * 3))
         return str(error.value), url, time.monotonic() - started
     finally:
         server.shutdown()

@@ -173,8 +173,8 @@ def test_the_memory_that_is_foretold_is_about_what_is_measured(processor, share)
 
 def test_engine_and_trainer_must_fit_into_one_gpu(capsys):
     """What is said and refused before anything is loaded, for the tiny model's 3.5 MB of weights and 176 MB of a pass."""
-    art.check_memory(str(TINY), 400e6, 0.5, 4096)
-    assert "of 0.4 GB vLLM takes 0.2 GB (--gpu-memory-utilization 0.5)" in capsys.readouterr().out
-    for utilization, tokens in ((0.9, 4096), (0.5, 8192), (0.005, 4096)):
+    art.check_memory(str(TINY), 390e6, 400e6, 0.5, 4096)
+    assert "of 0.4 GB (0.4 GB free) vLLM takes 0.2 GB (--gpu-memory-utilization 0.5)" in capsys.readouterr().out
+    for utilization, tokens, free in ((0.9, 4096, 400e6), (0.5, 8192, 400e6), (0.005, 4096, 400e6), (0.5, 4096, 300e6)):
         with pytest.raises(InputError, match=f"--gpu-memory-utilization {utilization}.*--tokens-per-microbatch {tokens}.*does not fit"):
-            art.check_memory(str(TINY), 400e6, utilization, tokens)
+            art.check_memory(str(TINY), free, 400e6, utilization, tokens)

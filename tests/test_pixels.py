@@ -7,7 +7,7 @@ from PIL import Image
 
 import art
 from conftest import ROOT
-from eval import InputError
+from eval import InputError, png_bytes
 
 
 def test_every_seed_value_survives():
@@ -35,7 +35,7 @@ def test_png_is_the_policy(processor, tmp_path, size):
     pixels = art.PixelLogits(torch.randint(0, 256, (3, size, size), dtype=torch.uint8))
     with torch.no_grad():
         pixels.logits += torch.randn_like(pixels.logits)
-    art.save_png(pixels.to_image(), tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(png_bytes(pixels.to_image()))
     from_png = processor.image_processor(images=Image.open(tmp_path / "a.png"), return_tensors="pt")["pixel_values"]
     from_tensor = processor.image_processor(images=pixels(), return_tensors="pt")["pixel_values"]
     assert (from_png - from_tensor).abs().max().item() == 0.0

@@ -67,7 +67,7 @@ def test_killed_at_30_random_moments(tmp_path):
     print(result.stdout)
     train(tmp_path / "uninterrupted", steps=200)
     assert whole(tmp_path / "run") == whole(tmp_path / "uninterrupted")
-    assert set(os.listdir(tmp_path / "run")) - {"unfinished.tmp"} == {
+    assert {name for name in os.listdir(tmp_path / "run") if not name.endswith(".tmp")} == {
         "best.png", "last.png", "panel.png", "metrics.jsonl", "state.safetensors"}
 
 
@@ -93,9 +93,9 @@ def test_metrics_of_the_future_or_lost_ones_are_set_right(tmp_path, uninterrupte
     with pytest.raises(SystemExit):
         train(tmp_path, rollout=Disturbed(stop))
     (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "unfinished.tmp").write_bytes(b"half a state")
+    (tmp_path / "state.safetensors.tmp").write_bytes(b"half a state")
     train(tmp_path, "--resume")
-    assert whole(tmp_path) == uninterrupted and not (tmp_path / "unfinished.tmp").exists()
+    assert whole(tmp_path) == uninterrupted and not (tmp_path / "state.safetensors.tmp").exists()
 
 
 def test_the_sampling_depends_on_the_seed_alone(llm, processor, questions, seed):
@@ -221,14 +221,14 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, uninterrupted):
 
 def test_a_full_disk(tmp_path, uninterrupted, capsys):
     """The device that is always full stands in the way of every new file."""
-    os.symlink("/dev/full", tmp_path / "unfinished.tmp")
+    os.symlink("/dev/full", tmp_path / "last.png.tmp")
     assert "last.png: it cannot be written (No space left on device)" in refused(tmp_path)
-    (tmp_path / "unfinished.tmp").unlink()
-    fill = lambda: os.symlink("/dev/full", tmp_path / "unfinished.tmp")                                  # noqa: E731
+    (tmp_path / "last.png.tmp").unlink()
+    fill = lambda: os.symlink("/dev/full", tmp_path / "last.png.tmp")                                  # noqa: E731
     assert "cannot be written (No space left on device); what was there before is whole" in refused(tmp_path, rollout=Disturbed(fill))
     assert f"{tmp_path}/best.png" in capsys.readouterr().out
     whole(tmp_path)
-    (tmp_path / "unfinished.tmp").unlink()
+    (tmp_path / "last.png.tmp").unlink()
     train(tmp_path, "--resume")
     assert whole(tmp_path) == uninterrupted
 
@@ -288,6 +288,6 @@ def test_a_save_reaches_the_disk_before_it_replaces(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         monkeypatch.setattr(art.os, name, lambda *args, name=name, real=getattr(os, name): (
-            calls.append((name, (tmp_path / "unfinished.tmp").read_bytes())), real(*args)))
+            calls.append((name, (tmp_path / "a.tmp").read_bytes())), real(*args)))
     art.save(b"whole", tmp_path / "a")
     assert calls == [("fsync", b"whole"), ("replace", b"whole")] and (tmp_path / "a").read_bytes() == b"whole"

@@ -182,17 +182,19 @@ def test_toolmind_reads_the_same_from_parquet(tmp_path):
 def test_a_question_that_holds_the_images_placeholder_is_left_out(processor, capsys):
     """It would be taken for an image, of which there is one."""
     task = TASKS["gsm8k"]
-    examples = [{"question": f"What is 2 + 3{odd}?", "key": odd, "target": 5} for odd in ("", "<|image_pad|>", "<|vision_start|>", "<|image_", "<|im_end|>")]
+    examples = [{"question": f"What is 2 + 3{odd}?", "key": odd, "target": 5} for odd in ("", "<|image_pad|>", "<|vision_start|>", "<|video_pad|>", "<|image_", "<|im_end|>")]
     picture = tasks.random_picture(256, 0)
     kept = tasks.fitting(processor, task, examples, 400, picture)
     assert [e["key"] for e in kept] == ["", "<|image_", "<|im_end|>"]
-    assert "left out 2 of 5 examples: their text holds the image's placeholder\n" in capsys.readouterr().err
+    assert "left out 3 of 6 examples: their text holds the image's placeholder\n" in capsys.readouterr().err
     longest = max(tasks.model_inputs(processor, tasks.prompt_text(processor, task, e), picture)["input_ids"].shape[1] for e in kept)
     assert tasks.fitting(processor, task, kept, longest, picture) == kept               # to the token
     assert len(tasks.fitting(processor, task, kept, longest - 1, picture)) < 3
     assert len(tasks.fitting(processor, task, kept, longest - 66, None)) == 3           # the text alone: without 64 + 2 tokens
     with pytest.raises(InputError, match="every prompt is longer than 9 tokens"):
         tasks.fitting(processor, task, kept, 9, picture)
+    with pytest.raises(InputError, match="every question holds the image's placeholder"):
+        tasks.fitting(processor, task, examples[1:4], 400, picture)
 
 
 def test_bootstrap_interval_is_the_binomials_and_does_not_change():
