@@ -33,17 +33,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from eval import (TASKS, InputError, Ranks, at_least, evaluate, exit_with, first_line, fitting, generate, hub_error, key_hash,
+from eval import (TASKS, InputError, Ranks, at_least, evaluate, exit_with, first_line, fitting, generate, key_hash,
                   load_engine, load_processor, model_inputs, open_picture, png_bytes, prompt_text, random_picture, save,
                   user_turn)
 
@@ -77,7 +76,7 @@ class PixelLogits(nn.Module):
 
     def __init__(self, seed, max_change=None):
         super().__init__()
-        logits = lambda levels: torch.logit((levels / 255).clamp(0.25 / 255, 1 - 0.25 / 255))           # noqa: E731
+        logits = lambda levels: torch.logit(levels / 255, eps=0.25 / 255)                               # noqa: E731
         self.logits = nn.Parameter(logits(seed.float()))
         for name, sign in (("low", -1), ("high", 1)):
             self.register_buffer(name, None if max_change is None else logits(seed.float() + sign * max_change), persistent=False)
@@ -173,27 +172,11 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 # 6. Backward through the frozen model
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
-    """transformers' cache layer of linear attention copies its states in place, which breaks the graph: this one assigns.
-    It also learns to repeat them along the batch, which the other layers can."""
-
-    def update_conv_state(self, conv_states, state_idx=0, conv_kernel_size=None, **kwargs):
-        width = conv_kernel_size or self.conv_kernel_size[state_idx] or conv_states.shape[-1]
-        if self.has_previous_state[state_idx]:
-            conv_states = torch.cat([self.conv_states[state_idx], conv_states], dim=-1)
-        elif conv_states.shape[-1] < width:
-            conv_states = F.pad(conv_states, (width - conv_states.shape[-1], 0))
-        self.conv_kernel_size[state_idx], self.conv_states[state_idx] = width, conv_states[..., -width:]
-        self.has_previous_state[state_idx] = self.is_conv_states_initialized[state_idx] = True
-        return conv_states
+    """transformers' cache layer of linear attention copies its state in place, over what the backward needs: this one assigns."""
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx], self.is_recurrent_states_initialized[state_idx] = recurrent_states, True
         return recurrent_states
-
-    def batch_repeat_interleave(self, repeats):
-        for states in self.conv_states, self.recurrent_states:
-            for i, state in states.items():
-                states[i] = None if state is None else state.repeat_interleave(repeats, dim=0)
 
 
 def encode_image(model, processor, prompt, image):
@@ -229,7 +212,7 @@ class TokenLogprobs(torch.autograd.Function):
         return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
-# Cache layers that assign and never write in place, so that gradients pass through them.
+# Cache layers that never write over what the backward needs, so that gradients pass through them.
 SHAREABLE = {DynamicLayer, DynamicSlidingWindowLayer, GraphLinearAttentionLayer}
 
 
@@ -264,8 +247,7 @@ def completion_logprobs(model, prompt_inputs, features, prefix, ids, mask):
     else:
         cache = graph_cache(model)
         for layer, held in zip(cache.layers, prefix[0]):
-            vars(layer).update(tree_map(lambda x: x, held))                 # dicts of its own: the next starts here, too
-            layer.batch_repeat_interleave(len(ids))
+            vars(layer).update(tree_map_only(torch.Tensor, lambda x: x.repeat_interleave(len(ids), 0) if x.dim() else x, held))
         # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
         # placeholder is an ordinary token, as it is to vLLM.
         hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
@@ -353,7 +335,7 @@ def backward(model, processor, pixels, groups, advantages, old_logps=None, token
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 7. The loop
+# What is checked and loaded before the loop, and what a run leaves
 
 def check_size(processor, size):
     """Raise InputError unless the processor gives the same values for a `size` x `size` picture as PNG and as tensor.
@@ -410,8 +392,7 @@ def load_model(name, device, trust_remote_code=False):
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16,
                                                             trust_remote_code=trust_remote_code, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)})."
-                         ) if Path(name).exists() else hub_error(f"--model {name}", error) from error
+        raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)}).") from error
     model = model.eval().requires_grad_(False).to(device)
     states = []                                         # TokenLogprobs relies on it that the output matrix makes the logits
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
@@ -457,12 +438,15 @@ def panel(seed, image):
     difference = Image.fromarray((128 + gain * difference).clip(0, 255).astype(np.uint8))
     width, height, line = image.width, image.height, 28
     sheet = Image.new("RGB", (3 * width + 40, height + line + 10), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=15)
+    draw = ImageDraw.Draw(sheet)
     for i, (part, label) in enumerate([(seed, "seed"), (image, "trained image"), (difference, f"difference x {gain}")]):
         sheet.paste(part, (10 + i * (width + 10), line))
-        draw.text((10 + i * (width + 10), 5), label, fill="black", font=font)
+        draw.text((10 + i * (width + 10), 5), label, fill="black", font_size=15)
     return sheet
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# 7. The loop
 
 def sample_groups(llm, processor, task, stream, image, args, ranks):
     """Dynamic sampling: roll out prompts until `args.prompts` groups hold right and wrong answers, `--rounds` times at most.
@@ -493,6 +477,26 @@ def sample_groups(llm, processor, task, stream, image, args, ranks):
     score, reward, length, cut = (float(np.mean(x)) for x in zip(*seen))
     return kept, torch.tensor(rewards), {"reward": reward, "score": score, "groups": len(kept), "length": length, "cut": cut,
                                          "sampled_groups": len(seen) // args.group_size}
+
+
+def update(model, processor, pixels, optimizer, groups, advantages, args, ranks):
+    """`--updates` steps of AdamW on the groups of all ranks. Returns (metrics of the last one, which numbers of the next one are not
+    finite, if any: that one is not made)."""
+    metrics, old_logps, total_tokens = {}, None, sum(len(c.ids) for group in groups for c in group)
+    for _ in range(args.updates):
+        pixels.logits.grad = torch.zeros_like(pixels.logits)
+        share, old_logps = backward(model, processor, pixels, groups[ranks.mine], advantages[ranks.mine], old_logps,
+                                    args.tokens_per_microbatch, args.eps_low, args.eps_high, args.weight_cap, total_tokens)
+        ranks.add_up(pixels.logits.grad)
+        shares = ranks.gather(share)
+        found = {name: (max if name == "mismatch_max" else sum)(s[name] for s in shares) for name in share}
+        found["grad_norm"] = nn.utils.clip_grad_norm_(pixels.parameters(), args.max_grad_norm or math.inf).item()
+        if wrong := [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]:
+            return metrics, wrong
+        optimizer.step()
+        pixels.project()
+        metrics = found
+    return metrics, []
 
 
 # Of the flags, those that do not change what a step computes, but for rounding: a run may go on with others.
@@ -575,59 +579,39 @@ def loop(args, out, ranks):
     print(f"{args.task}: {len(examples)} training and {len(validation)} validation examples, {args.model} on {device}, "
           f"pictures and metrics.jsonl in {out}/" + f", going on after step {len(done) - 1}" * args.resume, flush=True)
 
-    def validate(step):
-        nonlocal best
-        image = pixels.to_image()
-        results = evaluate(llm, processor, task, validation[ranks.mine], image, args.max_new_tokens, args.timeout)
-        accuracy = float(np.mean([*chain(*ranks.gather([r["score"] for r in results]))]))
-        if accuracy > best:                                  # the earlier image wins a tie: it is nearer to the seed
-            best = accuracy
-            write(png_bytes(image, {**notes, "step": step, "validation": accuracy}), "best.png")
-        write(png_bytes(panel(seed_image, image)), "panel.png")
-        tqdm.write(f"step {step:4d}  validation {100 * accuracy:5.1f} %  (best {100 * best:5.1f} %)")
-        return accuracy
-
     def learn(step):
         start = time.time()
         groups, rewards, metrics = sample_groups(llm, processor, task, stream, pixels.to_image(), args, ranks)
         metrics |= {"skipped": 0, "rollout_s": time.time() - start}
-        start = time.time()
-        note = "" if groups else "no group with right and wrong answers: nothing to learn  "
+        start, note = time.time(), "no group with right and wrong answers: nothing to learn"
         if groups:
-            for group in optimizer.param_groups:
-                group["lr"] = metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
-            advantages, old_logps = group_advantages(rewards), None
-            for _ in range(args.updates):
-                pixels.logits.grad = torch.zeros_like(pixels.logits)
-                update, old_logps = backward(
-                    model, processor, pixels, groups[ranks.mine], advantages[ranks.mine], old_logps, args.tokens_per_microbatch,
-                    args.eps_low, args.eps_high, args.weight_cap, sum(len(c.ids) for group in groups for c in group))
-                ranks.add_up(pixels.logits.grad)
-                parts = ranks.gather(update)
-                update = {name: (max if name == "mismatch_max" else sum)(part[name] for part in parts) for name in update}
-                update["grad_norm"] = nn.utils.clip_grad_norm_(pixels.parameters(), args.max_grad_norm or math.inf).item()
-                if wrong := [f"{name} {value}" for name, value in update.items() if not math.isfinite(value)]:
-                    metrics["skipped"], note = 1, f"skipped: {', '.join(wrong)}  "
-                    break
-                optimizer.step()
-                pixels.project()
-                metrics |= update
-                note = f"mismatch {metrics['mismatch']:.4f}  clipped {metrics['clip_fraction']:.3f}  "
+            optimizer.param_groups[0]["lr"] = metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
+            updated, wrong = update(model, processor, pixels, optimizer, groups, group_advantages(rewards), args, ranks)
+            metrics |= {**updated, "skipped": int(bool(wrong))}
+            note = f"skipped: {', '.join(wrong)}" if wrong else (
+                f"mismatch {metrics['mismatch']:.4f}  clipped {metrics['clip_fraction']:.3f}")
         image = pixels.to_image()
         metrics["moved"] = float(np.abs(np.asarray(image, dtype=int) - np.asarray(seed_image)).mean())
         metrics["trainer_s"] = time.time() - start
         write(png_bytes(image, {**notes, "step": step}), "last.png")
         tqdm.write(f"step {step:4d}  reward {metrics['reward']:.3f}  score {metrics['score']:.3f}  groups "
-                   f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  {note}"
+                   f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  {note}  "
                    f"moved {metrics['moved']:.1f}  {metrics['rollout_s']:.1f} + {metrics['trainer_s']:.1f} s")
         return metrics
 
-    bar = tqdm(total=args.steps, initial=max(0, len(done) - 1), unit="step", disable=ranks.rank > 0 or None)
+    bar = tqdm(range(len(done), args.steps + 1), initial=len(done), total=args.steps + 1, unit="step", disable=ranks.rank > 0 or None)
     try:
-        for step in range(len(done), args.steps + 1):
+        for step in bar:
             metrics = {"step": step, **(learn(step) if step else {})}
             if step % args.validate_every == 0 or step == args.steps:
-                metrics["validation"] = validate(step)
+                image = pixels.to_image()
+                results = evaluate(llm, processor, task, validation[ranks.mine], image, args.max_new_tokens, args.timeout)
+                accuracy = metrics["validation"] = float(np.mean([*chain(*ranks.gather([r["score"] for r in results]))]))
+                if accuracy > best:                                 # the earlier image wins a tie: it is nearer to the seed
+                    best = accuracy
+                    write(png_bytes(image, {**notes, "step": step, "validation": accuracy}), "best.png")
+                write(png_bytes(panel(seed_image, image)), "panel.png")
+                tqdm.write(f"step {step:4d}  validation {100 * accuracy:5.1f} %  (best {100 * best:5.1f} %)")
             done.append(metrics)
             # The state comes first and holds all the metrics: killed between the two, a run still goes on where it was.
             tensors = {"logits": pixels.logits.detach(), **optimizer.state[pixels.logits]}
@@ -635,7 +619,6 @@ def loop(args, out, ranks):
                                     {"run": json.dumps({"settings": settings, "metrics": done})}), "state.safetensors")
             write_metrics()
             bar.set_postfix(reward=f"{metrics.get('reward', 0):.3f}", best=f"{best:.3f}")
-            bar.update(min(1, step))
             if metrics.get("skipped") and sum(m["skipped"] for m in done[1:]) >= 10:
                 raise InputError("10 steps gave a loss, gradient or logprob that is no finite number and were skipped: the run ends.")
     except KeyboardInterrupt:
@@ -643,7 +626,6 @@ def loop(args, out, ranks):
         tqdm.write("interrupted; --resume goes on after the last whole step")
         sys.exit(130)
     finally:
-        bar.close()
         if (out / "best.png").exists():
             print(f"best validation {100 * best:.1f} %, {time.time() - started:.0f} s: {out}/best.png, {out}/last.png, "
                   f"{out}/panel.png", flush=True)

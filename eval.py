@@ -16,7 +16,6 @@ import csv
 import hashlib
 import io
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -61,7 +60,8 @@ def read_rows(path):
     if not remote and not os.path.isfile(path):
         raise InputError(f"--data {path}: there is no such file.")
 
-    def lines(longest=1 << 22):
+    def lines():
+        longest = 1 << 22
         while line := file.readline(longest):
             if len(line) == longest:
                 raise ValueError(f"a line is longer than {longest >> 20} MiB")
@@ -101,9 +101,7 @@ def read_rows(path):
                 yield from (parsed_json(line) for line in lines() if line.strip())
     except (ValueError, RecursionError, csv.Error) as error:        # JSON, UTF-8 and most Arrow errors are ValueErrors
         raise InputError(f"--data {path}: it cannot be read as {suffix[1:]} ({first_line(error)}).") from error
-    except Exception as error:                          # of the hub's client: HTTP errors of several libraries
-        if not remote and not isinstance(error, OSError):
-            raise
+    except (Exception if remote else OSError) as error:             # the hub's client: HTTP errors of several libraries
         raise hub_error(path, error) if remote else InputError(f"--data {path}: {first_line(error)}.") from error
 
 
@@ -568,7 +566,7 @@ def open_picture(path):
                     raise ValueError("some of its values are not finite")
                 top = 65535 if picture.mode.startswith("I;16") or grey.max() > 255 else 255 if grey.max() > 1 else 1
                 picture = Image.fromarray((grey.clip(0, top) * (255 / top)).round().astype(np.uint8))
-            if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+            if picture.has_transparency_data:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, (128, 128, 128, 255)), picture)
             return picture.convert("RGB")
@@ -604,10 +602,9 @@ def random_picture(size, *seed):
 
 def load_processor(model, trust_remote_code=False):
     """The processor of `model`, a hub name or a folder. Raises InputError if it is not to be had, or has no image part."""
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.utils import logging as transformers_logging
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    from transformers import AutoConfig, AutoProcessor, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     local, processor = os.path.exists(model), None
     if local and not os.path.isfile(os.path.join(model, "config.json")):
         raise InputError(f"--model {model}: it is no model folder, for it holds no config.json.")
@@ -637,7 +634,6 @@ def load_processor(model, trust_remote_code=False):
 def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, seed=0, trust_remote_code=False):
     """A vLLM engine for one image a prompt, on the GPU or, with a CPU build of vLLM, on the CPU. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # one process: nothing is left behind when it ends
     try:
@@ -704,9 +700,9 @@ def generate(llm, prompts, pictures, params, timeout=60):
             engine.abort_request(added, internal=True)
 
 
-def model_inputs(processor, text, image=None):
-    """The processor's tensors for a rendered prompt with an image (PIL, or float (3, H, W) in [0, 255]), or with none."""
-    return processor(text=[text], images=None if image is None else [image], return_tensors="pt", **TEMPLATED)
+def model_inputs(processor, text, image):
+    """The processor's tensors for a rendered prompt with its image (PIL, or float (3, H, W) in [0, 255])."""
+    return processor(text=[text], images=[image], return_tensors="pt", **TEMPLATED)
 
 
 def fitting(processor, task, examples, max_tokens, picture, string=0):
@@ -723,11 +719,10 @@ def fitting(processor, task, examples, max_tokens, picture, string=0):
     prompts = [ids(prompt_text(processor, task, e, image=False)) for e in examples]
     marked, long = [not placeholder.isdisjoint(p) for p in prompts], [len(p) + more > max_tokens for p in prompts]
     kept = [e for e, *wrong in zip(examples, marked, long) if not any(wrong)]
-    if any(marked):
-        print(f"left out {sum(marked)} of {len(examples)} examples: their text holds the image's placeholder", file=sys.stderr)
-    if any(long):
-        print(f"left out {sum(long)} of {len(examples)} examples: their prompts are longer than "
-              f"{max_tokens} tokens (--max-model-len less --max-new-tokens)", file=sys.stderr)
+    for left_out, why in ((marked, "their text holds the image's placeholder"), (long, "their prompts are longer than "
+                          f"{max_tokens} tokens (--max-model-len less --max-new-tokens)")):
+        if any(left_out):
+            print(f"left out {sum(left_out)} of {len(examples)} examples: {why}", file=sys.stderr)
     if not kept:
         raise InputError(f"every prompt is longer than {max_tokens} tokens, --max-model-len less --max-new-tokens: raise it."
                          if any(long) else "every question holds the image's placeholder.")
@@ -751,10 +746,8 @@ def arm_requests(processor, task, examples, arm, rng=0, size=256):
         picture = random_picture(size, rng, i) if arm == "random" else None if isinstance(arm, str) else arm
         messages, tools = task.messages(example, picture is not None)
         if isinstance(arm, str) and arm.startswith("string:"):
-            text = random_string(processor.tokenizer, int(arm[7:]), rng, i) + "\n\n"
-            first = next(j for j, m in enumerate(messages) if m["role"] == "user")
-            messages = list(messages)
-            messages[first] = {**messages[first], "content": [{"type": "text", "text": text}, *messages[first]["content"]]}
+            first = next(m for m in messages if m["role"] == "user")
+            first["content"].insert(0, {"type": "text", "text": random_string(processor.tokenizer, int(arm[7:]), rng, i) + "\n\n"})
         requests.append((messages, tools, picture))
     return requests
 
@@ -793,9 +786,6 @@ def wire(messages, picture):
     return wired
 
 
-NONSENSE = AttributeError, IndexError, TypeError, ValueError, RecursionError        # what answers of another shape make of a client
-
-
 def connect(url, **options):
     """A client of the OpenAI-compatible server at `url`, which may not send it elsewhere."""
     import openai
@@ -803,14 +793,13 @@ def connect(url, **options):
                          http_client=openai.DefaultHttpxClient(follow_redirects=False), **options)
 
 
-def ask_server(url, model, requests, sampling=GREEDY, timeout=60, parallel=64):
-    """Ask an OpenAI-compatible server, such as vLLM's, likewise, `parallel` requests at a time.
+def ask_server(url, model, requests, sampling=GREEDY, timeout=60):
+    """Ask an OpenAI-compatible server, such as vLLM's, likewise, 64 requests at a time.
 
     Failures are retried five times with growing pauses. The tokens of several samples are their mean. Raises InputError if
     an answer is none, or if none comes for `timeout` seconds.
     """
-    import openai
-    client, todo, done = connect(url, max_retries=5, timeout=600), queue.SimpleQueue(), queue.SimpleQueue()
+    client, jobs, done = connect(url, max_retries=5, timeout=600), enumerate(requests), queue.SimpleQueue()
     links = {id(p): "data:image/png;base64," + base64.b64encode(png_bytes(p)).decode() for _, _, p in requests if p is not None}
 
     def ask(messages, tools, picture):
@@ -826,35 +815,29 @@ def ask_server(url, model, requests, sampling=GREEDY, timeout=60, parallel=64):
                 for c in response.choices]
 
     def work():
-        while True:
-            i, request = todo.get()
+        for i, request in jobs:                         # which the threads share: each takes the next
             try:
                 done.put((i, ask(*request)))
             except Exception as error:
                 done.put((i, error))
-    for job in enumerate(requests):
-        todo.put(job)
-    for _ in range(parallel):                           # daemons, which no request that hangs can keep from ending
+    for _ in range(64):                                 # daemons, which no request that hangs can keep from ending
         threading.Thread(target=work, daemon=True).start()
     for _ in requests:
         try:
             i, samples = done.get(timeout=timeout)
         except queue.Empty:
             raise InputError(f"--server {url}: no request was done in {timeout} seconds (--timeout); {KEPT}.") from None
-        if isinstance(samples, (openai.OpenAIError, *NONSENSE)):
+        if isinstance(samples, Exception):              # answers of another shape make anything of a client
             raise InputError(f"--server {url}: it gives no completions of {model} ({first_line(samples)}); {KEPT}.") from samples
-        if isinstance(samples, Exception):
-            raise samples
         yield i, samples
 
 
 def served_model(url):
     """The name of the model that an OpenAI-compatible server serves. Raises InputError."""
-    import openai
     try:
         with deadline(25, f"--server {url}: it does not say in 25 seconds which model it serves."):
             return connect(url, max_retries=2, timeout=6).models.list().data[0].id
-    except (openai.OpenAIError, *NONSENSE) as error:
+    except Exception as error:                          # answers of another shape make anything of a client
         raise InputError(f"--server {url}: no OpenAI-compatible server answers there ({first_line(error)}).") from error
 
 
@@ -874,14 +857,15 @@ def evaluate(llm, processor, task, examples, arm, max_new_tokens=512, timeout=60
     return [judge(task, examples[i], samples) for i, samples in sorted(asked, key=lambda each: each[0])]
 
 
-def bootstrap_interval(scores, keys=None, resamples=10_000, level=0.95, seed=0):
-    """Mean of `scores` (n,) and its percentile bootstrap interval; rows with the same one of `keys` are drawn together."""
-    scores, rng, index = np.asarray(scores, dtype=float), np.random.default_rng(seed), {}
+def bootstrap_interval(scores, keys=None):
+    """Mean of `scores` (n,), and the 95 % percentile interval of 10,000 bootstrap resamples; rows with one of `keys` are drawn
+    together."""
+    scores, rng, index = np.asarray(scores, dtype=float), np.random.default_rng(0), {}
     cluster = [index.setdefault(key, len(index)) for key in (range(len(scores)) if keys is None else keys)]
     totals, sizes = np.bincount(cluster, scores), np.bincount(cluster)
-    draws = (rng.integers(0, len(totals), (100, len(totals))) for _ in range(resamples // 100))
+    draws = (rng.integers(0, len(totals), (100, len(totals))) for _ in range(100))
     means = np.concatenate([totals[d].sum(1) / sizes[d].sum(1) for d in draws])
-    return scores.mean(), *np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return scores.mean(), *np.quantile(means, [0.025, 0.975])
 
 
 def mcnemar(scores, baseline, keys):
@@ -891,7 +875,7 @@ def mcnemar(scores, baseline, keys):
     for key, score, other in zip(keys, scores, baseline):
         difference[key] += score - other
     won, lost = sum(d > 0 for d in difference.values()), sum(d < 0 for d in difference.values())
-    return min(1.0, float(Fraction(2 * sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1)), 2 ** (won + lost))))
+    return min(1.0, 2 * sum(math.comb(won + lost, i) for i in range(min(won, lost) + 1)) / 2 ** (won + lost))
 
 
 def report(task, arms, baseline=None):
@@ -917,6 +901,9 @@ def report(task, arms, baseline=None):
         print(f"{arm:{width}}  {points:+10.2f}  [{low:+6.2f}, {high:+6.2f}]  "
               + (f"{mcnemar(mean[arm], mean[first], keys):10.2g}" if samples == 1 else f"{'-':>10}"))
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# Files and the command line
 
 def save(data, path):
     """Write bytes whole or not at all: no kill or full disk leaves a broken file. Raises InputError."""
@@ -986,11 +973,11 @@ def score_arms(args, arms, pictures, saved, ranks):
             raise InputError(f"--out {args.out}: its arms answered other questions of {task} (other data, or other prompts that were "
                              "too long): name another file.")
         for name in arms:
-            if held.get(name, {"sha256": ""})["sha256"] != pictures[name]["sha256"]:
+            if name not in held or held[name]["sha256"] != pictures[name]["sha256"]:
                 held[name] = {**pictures[name], "questions": questions, "results": [None] * len(examples[task])}
             requests = arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size)
             todo += [(task, name, i, request) for i, request in enumerate(requests) if held[name]["results"][i] is None]
-    mine, kept_at, fresh = todo[ranks.mine], time.monotonic(), 0
+    mine, completions, kept_at, fresh = todo[ranks.mine], (), time.monotonic(), False
     ask = [request for *_, request in mine], sampling, args.timeout
     if args.server:
         completions = ask_server(args.server, served, *ask)
@@ -998,13 +985,11 @@ def score_arms(args, arms, pictures, saved, ranks):
         llm = load_engine(args.model, args.max_model_len, gpu_memory_utilization=args.gpu_memory_utilization,
                           trust_remote_code=args.trust_remote_code)
         completions = ask_engine(llm, processor, *ask)
-    else:
-        completions = ()
     try:
         for place, samples in tqdm(completions, total=len(mine), unit=" questions", disable=ranks.rank > 0 or not mine or None):
             task, name, i, _ = mine[place]
             saved["tasks"][task][name]["results"][i] = judge(TASKS[task], examples[task][i], samples)
-            fresh += 1
+            fresh = True
             if args.out and time.monotonic() > kept_at + 10:
                 save(json.dumps(saved).encode(), args.out)
                 kept_at = time.monotonic()
@@ -1058,7 +1043,7 @@ def main(args):
             for key, value in png_notes(name).items():
                 print(f"  {key}: {value}")
         return
-    if args.baseline and args.baseline not in {*arms, *(name for held in saved["tasks"].values() for name in held)}:
+    if args.baseline and args.baseline not in set(arms).union(*saved["tasks"].values()):
         raise InputError(f"--baseline {args.baseline}: it is none of the arms.")
     if arms:
         notes = next(map(png_notes, files), {})

@@ -340,6 +340,7 @@ def engine_tables(processor, repetitions, folder):
             rates[name].append((tokens / wall, tokens / spent_here))
     print("\nThe engine, tiny model\n\n| requests | tokens a second | tokens a second of processor time | to the row above: wall | "
           "processor time |\n|---|---|---|---|---|")
+    before = ()
     for i, (name, found) in enumerate(rates.items()):
         wall, spent_here = (median(values) for values in zip(*found[1:]))
         # Of each repetition the two were neighbours in time: the median of their ratios bears a busy machine better.

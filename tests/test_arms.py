@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import art
 import eval as tasks
 from conftest import ROOT, TINY, data
 from test_command_line import QUICK, refused, run

@@ -50,6 +50,39 @@ def test_the_engines_process_dies_or_hangs(tmp_path, harm, timeout, said):
         assert len(whole(tmp_path / "run")["metrics"]) == steps + 2
 
 
+@pytest.mark.parametrize("block, suspended, code", [("time.sleep(60)", 0, 2), ("[time.sleep(0.1) for _ in range(20)]", 6, 0),
+                                                    ("[(time.sleep(1.5), silent.__setitem__(0, 0)) for _ in range(3)]", 0, 0)])
+def test_what_hangs_is_ended_and_what_was_suspended_or_works_is_not(block, suspended, code):
+    process = subprocess.Popen([sys.executable, "-c", f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from eval import deadline
+with deadline(3, "it hangs.") as silent:
+    print("begun", flush=True)
+    {block}
+"""], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    if suspended:
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(suspended)
+        os.kill(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == code and err == ("-c: error: it hangs.\n" if code else "")
+
+
+def test_a_generation_that_is_broken_off_leaves_nothing_behind(llm, processor, questions):
+    """The next one gets its own completions, not those that were under way."""
+    from vllm import SamplingParams
+    prompts = [tasks.prompt_text(processor, tasks.TASKS["gsm8k"], e, image=False) for e in questions[:12]]
+    generate = lambda part: tasks.generate(llm, part, [None] * len(part), [SamplingParams(temperature=0, max_tokens=32)] * len(part))     # noqa: E731
+    texts = [output.outputs[0].text for _, output in sorted(generate(prompts), key=lambda each: each[0])]
+    broken_off = generate(prompts)
+    next(broken_off)
+    broken_off.close()
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert {i: output.outputs[0].text for i, output in generate(prompts[6:])} == dict(enumerate(texts[6:]))
+
+
 def test_too_little_memory_at_the_start():
     last = refused(*EVAL, VLLM_CPU_KVCACHE_SPACE="1000000")
     assert f"--model {TINY}: vLLM cannot start it (" in last and "emory" in last

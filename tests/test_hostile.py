@@ -334,7 +334,7 @@ flags = [
     *[("eval", ["--gpu-memory-utilization", value], INVALID) for value in ("-1", "nan", "inf", "1.5", "x")], *[("eval", ["--presence-penalty", value], INVALID) for value in ("-2.1", "nan", "inf", "3", "x")],
     *[(program, [flag], "expected one argument|expected at least one argument") for program in ("art", "eval") for flag in ("--task", "--model", "--data", "--limit", "--size")], ("art", ["--out"], "expected one argument"), ("art", ["--seed"], "expected one argument"),
     *[(program, ["--task", task], "invalid choice") for program in ("art", "eval") for task in ("", "GSM8K", "../gsm8k", "gsm8k\n", "\U0001f3a8")], ("art", ["--no-such-flag"], "unrecognized arguments"), ("art", ["more"], "unrecognized arguments"),
-    ("eval", ["--no-such-flag"], "unrecognized arguments"), ("art", ["--model", ""], "--model "), ("eval", ["--model", ""], "--model "), ("art", ["--data", ""], "|works"),
+    ("eval", ["--no-such-flag"], "unrecognized arguments"), ("eval", ["--task", "gsm8k", "gsm8k"], "one is named twice"), ("art", ["--model", ""], "--model "), ("eval", ["--model", ""], "--model "), ("art", ["--data", ""], "|works"),
     *[(program, ["--model", name], "--model ") for program in ("art", "eval") for name in ("nobody/nothing", "../nothing", "a/b/c", "/nowhere", "http://127.0.0.1/x", "x" * 300, "two\nlines", "\U0001f3a8", "; touch executed", os.fsdecode(b"\xff"))],
     *[("art", ["--size", size], "sizes that work near it") for size in ("2", "200", "255", "257", "2047")], ("art", ["--max-new-tokens", "512", "--max-model-len", "512"], "every prompt is longer than"),
     ("art", ["--validation", "1000000"], "fewer than --prompts"), ("art", ["--prompts", "1000000"], "fewer than --prompts"), ("art", ["--limit", "1"], "fewer than --prompts"),

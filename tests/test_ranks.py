@@ -73,6 +73,23 @@ def test_two_ranks_score_as_one_process(tmp_path):
     assert len(same) == 82 and np.mean(same) > 0.97                     # bfloat16 ties may fall otherwise in another batch
 
 
+def test_ranks_exchange_values_of_any_size_and_sum_tensors(tmp_path):
+    """20 MiB, which torchrun's own store would not take; and a wrong sum or order would show."""
+    (tmp_path / "talk.py").write_text(f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+from eval import Ranks
+ranks = Ranks()
+values = ranks.gather(bytes([ranks.rank]) * ((20 + ranks.rank) << 20))
+assert values == [bytes(20 << 20), bytes([1]) * (21 << 20)]
+ranks.add_up(total := torch.tensor([1.5, 2.0]) * (ranks.rank + 1))
+assert total.tolist() == [4.5, 6.0] and list(range(5))[ranks.mine] == [[0, 2, 4], [1, 3]][ranks.rank]
+print("rank", ranks.rank)
+""")
+    out, err = (process := torchrun(tmp_path / "talk.py")).communicate(timeout=60)
+    assert process.returncode == 0 and out == "rank 0\n", err
+
+
 def children(pid):
     return [int(child) for child in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
