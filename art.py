@@ -46,7 +46,7 @@ from eval import (TASKS, InputError, Ranks, at_least, evaluate, exit_with, first
                   load_engine, load_processor, model_inputs, open_picture, png_bytes, prompt_text, random_picture, save,
                   user_turn)
 
-__version__ = "1.0"
+__version__ = "1.1"
 
 
 # ------------------------------------------------------------------------------------------------------------------
