@@ -652,7 +652,9 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
         options = dict(enforce_eager=True, enable_prefix_caching=False, enable_chunked_prefill=False,
                        max_num_batched_tokens=max(4096, max_model_len))
         import torch
-        torch._dynamo.config.disable = True             # no C++ compiler needed, which trips over a space in the path, too
+        # No C++ compiler needed, which trips over a space in the path, too: here and in the processes to come.
+        torch._dynamo.config.disable = True
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
     # generation_config="vllm": no sampling default of the model's own leaks into rollouts.
     try:
         return LLM(model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=seed,
