@@ -42,7 +42,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from eval import (TASKS, InputError, Ranks, at_least, evaluate, exit_with, first_line, fitting, generate, key_hash,
+from eval import (TASKS, HelpFormatter, InputError, Ranks, at_least, evaluate, exit_with, first_line, fitting, generate, key_hash,
                   load_engine, load_processor, model_inputs, open_picture, png_bytes, prompt_text, random_picture, save,
                   user_turn)
 
@@ -290,7 +290,7 @@ def micro_batches(lengths, room):
     return batches
 
 
-def backward(model, processor, pixels, groups, advantages, old_logps=None, tokens=8192, eps_low=0.2, eps_high=0.28,
+def backward(model, processor, pixels, groups, advantages, old_logps=None, tokens=4096, eps_low=0.2, eps_high=0.28,
              weight_cap=2.0, total_tokens=None):
     """Add the gradient of the DAPO loss over `groups` (lists of Completions, (P, G) advantages) to `pixels`.
 
@@ -564,6 +564,7 @@ def loop(args, out, ranks):
     notes = {"Title": f"ART image for {args.task}", "Software": f"art.py {__version__} (arXiv 2606.11854)", "model": args.model,
              "task": args.task, "settings": json.dumps(settings)}
     # A folder that cannot be written is refused before a model is loaded.
+    write(png_bytes(seed_image), "seed.png")                        # as cropped and scaled, to be scored beside the others
     write(png_bytes(pixels.to_image(), {**notes, "step": max(0, len(done) - 1)}), "last.png")
     if device == "cuda":
         check_memory(args.model, *torch.cuda.mem_get_info(), args.gpu_memory_utilization, args.tokens_per_microbatch,
@@ -632,9 +633,9 @@ def loop(args, out, ranks):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--task", required=True, choices=TASKS)
+    add("--task", required=True, choices=TASKS, help="the benchmark to train for")
     add("--seed", help="the picture to start from; noise if not given")
     add("--model", default="Qwen/Qwen3.5-0.8B", help="hub name or folder")
     add("--data", help="local .jsonl, .json, .csv or .parquet of training rows in the benchmark's own schema")
@@ -644,10 +645,10 @@ def parse_args():
     add("--resume", action="store_true", help="go on with the run in --out, exactly; give its other flags again (--steps may grow)")
     add("--trust-remote-code", action="store_true", help="run code that the model brings along")
     # Known from the paper (of --prompts, the product with --group-size)
-    add("--size", type=at_least(1, high=2048), default=256, help="side of the image: 256 is 64 tokens, and the least Qwen3.5 does not resize")
-    add("--steps", type=at_least(1), default=100)
+    add("--size", type=at_least(1, high=2048), default=256, help="side of the image in pixels: 256 is 64 tokens, and the least Qwen3.5 does not resize")
+    add("--steps", type=at_least(1), default=100, help="rollout batches, one a step")
     add("--lr", type=at_least(0, float), default=0.1, help="AdamW, constant after --warmup steps")
-    add("--warmup", type=at_least(0), default=5)
+    add("--warmup", type=at_least(0), default=5, help="steps in which the learning rate rises")
     add("--group-size", type=at_least(2, high=1024), default=8, help="completions for each prompt, at least 2")
     add("--prompts", type=at_least(1), default=4, help="prompts a step: the paper's 'effective batch 32', taken as completions")
     add("--eps-low", type=at_least(0, float), default=0.2, help="ratio is clipped below 1 - this")
@@ -659,8 +660,8 @@ def parse_args():
     add("--overlong-cache", type=at_least(0), default=0, help="soft overlong punishment over the last so many tokens; 0: none")
     add("--weight-cap", type=at_least(0, float), default=2.0, help="cap of the importance weight trainer / vLLM; 0: no weight")
     add("--max-grad-norm", type=at_least(0, float), default=0.0, help="clip the gradient's norm to this; 0: no clip")
-    add("--max-new-tokens", type=at_least(1), default=512)
-    add("--max-model-len", type=at_least(1), default=4096)
+    add("--max-new-tokens", type=at_least(1), default=512, help="tokens after which a completion is cut off")
+    add("--max-model-len", type=at_least(1), default=4096, help="most tokens of prompt and completion; longer prompts are left out")
     add("--max-num-seqs", type=at_least(1, high=65536), default=256, help="sequences that vLLM runs at once")
     add("--tokens-per-microbatch", type=at_least(1), default=4096, help="prompt and completion tokens in a trainer pass, which set its memory")
     add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")

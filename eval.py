@@ -931,6 +931,13 @@ def at_least(low, kind=int, high=2**31):
     return number
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def exit_with(main):
     """Run a command line: a wrong input ends it with one sentence and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may hold what the terminal cannot show
@@ -1004,14 +1011,14 @@ def score_arms(args, arms, pictures, saved, ranks):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("arms", nargs="*", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
     add("--task", nargs="+", choices=TASKS, help="default: the one written in the first picture")
     add("--model", help="hub name or folder (default: the server's, or the one in the first picture, or Qwen/Qwen3.5-0.8B)")
     add("--data", nargs="+", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema, one for each task")
     add("--server", metavar="URL", help="score over an OpenAI-compatible server, for instance http://localhost:8000/v1")
-    add("--out", help="JSON file that keeps every completion; arms that it holds are not run again")
+    add("--out", help="JSON file that keeps every completion; what it holds is not asked again")
     add("--baseline", metavar="ARM", help="the arm that the others are compared with (default: the first)")
     add("--info", action="store_true", help="only show what is written in the pictures")
     add("--limit", type=at_least(1), help="score the first LIMIT questions only")
@@ -1019,10 +1026,10 @@ def parse_args():
     add("--temperature", type=at_least(0, float, 2), default=0.0, help="0 is greedy")
     add("--size", type=at_least(1, high=2048), help="side of the `random` pictures in pixels (default: the first picture's, or 256)")
     add("--rng", type=at_least(0), default=0, help="random number seed of the `random` and `string` arms")
-    add("--max-new-tokens", type=at_least(1), default=512)
-    add("--max-model-len", type=at_least(1), default=4096)
+    add("--max-new-tokens", type=at_least(1), default=512, help="tokens after which a completion is cut off")
+    add("--max-model-len", type=at_least(1), default=4096, help="most tokens of prompt and completion; longer prompts are left out")
     add("--presence-penalty", type=at_least(-2, float, 2), default=1.0, help="1.0 as in the paper's evaluation")
-    add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.9)
+    add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.9, help="vLLM's share of the GPU")
     add("--timeout", type=at_least(1), default=60, help="seconds without a step of the engine or an answer of the server that end "
         "the program; give a large model on a CPU more")
     add("--trust-remote-code", action="store_true", help="run code that the model brings along")

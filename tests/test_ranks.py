@@ -38,7 +38,7 @@ def test_two_ranks_train_as_one_process(tmp_path, llm, monkeypatch):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.count("step    2  reward") == 1
-    assert sorted(os.listdir(tmp_path / "two")) == ["best.png", "last.png", "metrics.jsonl", "panel.png", "state.safetensors"]
+    assert sorted(os.listdir(tmp_path / "two")) == ["best.png", "last.png", "metrics.jsonl", "panel.png", "seed.png", "state.safetensors"]
     monkeypatch.setattr(art, "load_engine", lambda *args: llm)
 
     def one(*flags):

@@ -68,7 +68,7 @@ def test_killed_at_30_random_moments(tmp_path):
     train(tmp_path / "uninterrupted", steps=200)
     assert whole(tmp_path / "run") == whole(tmp_path / "uninterrupted")
     assert {name for name in os.listdir(tmp_path / "run") if not name.endswith(".tmp")} == {
-        "best.png", "last.png", "panel.png", "metrics.jsonl", "state.safetensors"}
+        "best.png", "last.png", "panel.png", "seed.png", "metrics.jsonl", "state.safetensors"}
 
 
 @pytest.mark.parametrize("at", [1, 20])
@@ -221,9 +221,9 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path, uninterrupted):
 
 def test_a_full_disk(tmp_path, uninterrupted, capsys):
     """The device that is always full stands in the way of every new file."""
-    os.symlink("/dev/full", tmp_path / "last.png.tmp")
-    assert "last.png: it cannot be written (No space left on device)" in refused(tmp_path)
-    (tmp_path / "last.png.tmp").unlink()
+    os.symlink("/dev/full", tmp_path / "seed.png.tmp")
+    assert "seed.png: it cannot be written (No space left on device)" in refused(tmp_path)
+    (tmp_path / "seed.png.tmp").unlink()
     fill = lambda: os.symlink("/dev/full", tmp_path / "last.png.tmp")                                  # noqa: E731
     assert "cannot be written (No space left on device); what was there before is whole" in refused(tmp_path, rollout=Disturbed(fill))
     assert f"{tmp_path}/best.png" in capsys.readouterr().out

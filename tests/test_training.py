@@ -91,6 +91,7 @@ def test_rounding_straight_through_trains_what_is_deployed(groups, model, proces
         deployed = art.PixelLogits(torch.from_numpy(np.array(trained.to_image())).permute(2, 0, 1))
         logps = [torch.cat([x.flatten() for x in art.backward(model, processor, pixels, *groups)[1]]) for pixels in (trained, deployed)]
         gap[kind] = (logps[0] - logps[1]).abs()
+    print(f"mean {gap[Unrounded].mean():.0e}, largest {gap[Unrounded].max():.0e} nat behind the continuous image")
     assert gap[art.PixelLogits].max() == 0 < gap[Unrounded].mean()
 
 
