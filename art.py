@@ -517,6 +517,8 @@ def train(args):
     try:
         if not args.resume and any(os.path.exists(out / name) for name in ("metrics.jsonl", "state.safetensors")):
             raise InputError(f"--out {out}: it holds a run already; go on with it by --resume, or name another folder.")
+        if not args.resume and args.seed and Path(args.seed).resolve().parent == out.resolve():
+            raise InputError(f"--out {out}: the seed lies in it, which a picture of the run could replace; name another folder.")
         loop(args, out, ranks)
     except torch.OutOfMemoryError as error:
         raise InputError("the GPU's memory is full: lower --tokens-per-microbatch or --gpu-memory-utilization; --resume goes on.") from error

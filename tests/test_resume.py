@@ -156,6 +156,15 @@ def test_resume_never_starts_anew(tmp_path):
     assert "no run to go on with" in refused(tmp_path, "--resume")
 
 
+def test_a_seed_in_the_runs_folder_is_not_replaced(tmp_path):
+    """It may bear the name of one of the run's pictures. With --resume it may be the run's own."""
+    art.save((ROOT / "seed.png").read_bytes(), tmp_path / "seed.png")
+    assert "the seed lies in it" in refused(tmp_path, "--seed", tmp_path / "seed.png")
+    train(tmp_path / "run", "--seed", tmp_path / "seed.png", steps=1)
+    train(tmp_path / "run", "--seed", tmp_path / "run" / "seed.png", "--resume", steps=2)
+    assert len(whole(tmp_path / "run")["metrics"]) == 3
+
+
 class Payload:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
