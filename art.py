@@ -379,8 +379,9 @@ def check_memory(name, free, total, utilization, tokens, trust_remote_code=False
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     weights, needed = memory_needed(model, tokens)
     engine, gb = utilization * total, lambda size: f"{size / 1e9:.1f} GB"
-    shares = (f"of {gb(total)} ({gb(free)} free) vLLM takes {gb(engine)} (--gpu-memory-utilization {utilization}), its weights {gb(weights)} of that; the "
-              f"trainer needs as much for its own, and about {gb(needed)} for a pass (--tokens-per-microbatch {tokens})")
+    shares = (f"of {gb(total)} ({gb(free)} free) vLLM takes {gb(engine)} (--gpu-memory-utilization {utilization}), its weights "
+              f"{gb(weights)} of that; the trainer needs as much for its own, and about {gb(needed)} for a pass "
+              f"(--tokens-per-microbatch {tokens})")
     if engine < 1.2 * weights or free - engine < weights + needed:
         raise InputError(f"--model {name}: {shares}, which does not fit: change the two flags, or take a larger GPU.")
     print("memory: " + shares)

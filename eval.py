@@ -962,6 +962,11 @@ def read_results(path):
         raise InputError(f"--out {path}: it is no file of results ({first_line(error)}); name another.") from error
 
 
+def keep_results(saved, path):
+    if path:
+        save(json.dumps(saved).encode(), path)
+
+
 def score_arms(args, arms, pictures, saved, ranks):
     """Ask what `saved` does not hold yet of all `arms`, all at once, and add it; --out gets what is done every ten seconds."""
     sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty,
@@ -984,8 +989,9 @@ def score_arms(args, arms, pictures, saved, ranks):
         for name in arms:
             if name not in held or held[name]["sha256"] != pictures[name]["sha256"]:
                 held[name] = {**pictures[name], "questions": questions, "results": [None] * len(examples[task])}
-            requests = arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size)
-            todo += [(task, name, i, request) for i, request in enumerate(requests) if held[name]["results"][i] is None]
+            if None in held[name]["results"]:
+                requests = arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size)
+                todo += [(task, name, i, request) for i, request in enumerate(requests) if held[name]["results"][i] is None]
     mine, completions, kept_at, fresh = todo[ranks.mine], (), time.monotonic(), False
     ask = [request for *_, request in mine], sampling, args.timeout
     if args.server:
@@ -999,15 +1005,17 @@ def score_arms(args, arms, pictures, saved, ranks):
             task, name, i, _ = mine[place]
             saved["tasks"][task][name]["results"][i] = judge(TASKS[task], examples[task][i], samples)
             fresh = True
-            if args.out and time.monotonic() > kept_at + 10:
-                save(json.dumps(saved).encode(), args.out)
+            if time.monotonic() > kept_at + 10:
+                keep_results(saved, args.out)
                 kept_at = time.monotonic()
     finally:
-        if args.out and fresh:
-            save(json.dumps(saved).encode(), args.out)
+        if fresh:
+            keep_results(saved, args.out)
     for part in ranks.gather([(task, name, i, saved["tasks"][task][name]["results"][i]) for task, name, i, _ in mine]):
         for task, name, i, result in part:
             saved["tasks"][task][name]["results"][i] = result
+    if ranks.size > 1:
+        keep_results(saved, args.out)
 
 
 def parse_args():
@@ -1072,11 +1080,9 @@ def main(args):
         if saved["tasks"] and saved["settings"] != settings:
             raise InputError(f"--out {args.out}: its scores were made with other settings ({saved['settings']}): name another file.")
         saved["settings"] = settings
-        if args.out and not saved["tasks"]:
-            save(json.dumps(saved).encode(), args.out)          # that it cannot be written is said before the work
+        if not saved["tasks"]:
+            keep_results(saved, args.out)                       # that it cannot be written is said before the work
         score_arms(args, arms, of_pixels, saved, ranks)
-        if args.out:
-            save(json.dumps(saved).encode(), args.out)
     if not saved["tasks"]:
         raise InputError("no arm is given: name a picture file, none, random or string:N, or an --out file with scores.")
     print(", ".join(f"{k.replace('_', ' ')} {v}" for k, v in saved["settings"].items() if v is not None))
