@@ -518,7 +518,7 @@ def train(args):
     try:
         if not args.resume and any(os.path.exists(out / name) for name in ("metrics.jsonl", "state.safetensors")):
             raise InputError(f"--out {out}: it holds a run already; go on with it by --resume, or name another folder.")
-        if not args.resume and args.seed and Path(args.seed).resolve().parent == out.resolve():
+        if not args.resume and args.seed and os.path.dirname(os.path.realpath(args.seed)) == os.path.realpath(out):
             raise InputError(f"--out {out}: the seed lies in it, which a picture of the run could replace; name another folder.")
         loop(args, out, ranks)
     except torch.OutOfMemoryError as error:
