@@ -789,10 +789,18 @@ def wire(messages, picture):
 
 
 def connect(url, **options):
-    """A client of the OpenAI-compatible server at `url`, which may not send it elsewhere."""
+    """A client of the OpenAI-compatible server at `url`, which may neither send it elsewhere nor answer without end."""
     import openai
-    return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                         http_client=openai.DefaultHttpxClient(follow_redirects=False), **options)
+
+    def read(response):
+        body = bytearray()
+        for piece in response.iter_bytes():             # unpacked
+            body += piece
+            if len(body) > 1 << 24:
+                raise ValueError("an answer of more than 16 MiB")
+        response._content = bytes(body)                 # where response.read() keeps it
+    return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), **options, http_client=openai.DefaultHttpxClient(
+        follow_redirects=False, event_hooks={"response": [read]}))
 
 
 def ask_server(url, model, requests, sampling=GREEDY, timeout=60):

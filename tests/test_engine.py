@@ -1,5 +1,6 @@
 """The engine's process dies, hangs or does not start; a server answers nonsense, slowly or never: one sentence, and nothing is lost."""
 
+import gzip
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -126,7 +128,7 @@ def test_a_file_of_results_that_is_not_whole_says_so(tmp_path):
 # Servers
 
 MODELS = b'{"object": "list", "data": [{"id": "%s", "object": "model"}]}' % str(TINY).encode()
-DEEP = b"[" * 100_000
+DEEP, BOMB = b"[" * 100_000, gzip.compress(bytes(1 << 30))
 
 
 def reply(handler, body, status=200, kind="application/json", **headers):
@@ -147,6 +149,14 @@ def drip(handler):
         time.sleep(0.3)
 
 
+def endless(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    with suppress(OSError):
+        while True:
+            handler.wfile.write(bytes(1 << 20))
+
+
 def chat(**changed):
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Answer: 1"}}
     return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice],
@@ -161,7 +171,8 @@ ANSWERS = {
     "elsewhere": lambda h: reply(h, b"", 307, Location="http://127.0.0.1:1/v1/models"), "in circles": lambda h: reply(h, b"", 302, Location=h.path),
     "cut off": lambda h: reply(h, MODELS, **{"Content-Length": 10**6}), "no choices": lambda h: reply(h, chat(choices=None)), "wrong choices": lambda h: reply(h, chat(choices=[1])),
     "no choice": lambda h: reply(h, chat(choices=[])), "no usage": lambda h: reply(h, chat(usage=None)), "no message": lambda h: reply(h, chat(choices=[{"message": None}])),
-    "never": lambda h: time.sleep(60), "slowly": drip, "hangs up": lambda h: h.connection.close(),
+    "never": lambda h: time.sleep(60), "slowly": drip, "without end": endless,
+    "bomb": lambda h: reply(h, BOMB, **{"Content-Encoding": "gzip"}), "hangs up": lambda h: h.connection.close(),
 }
 CASES = [*[("models", name) for name in ANSWERS if name not in ("no choices", "no choice", "wrong choices", "no usage", "no message")],
          *[("completions", name) for name in ANSWERS if name not in ("no models", "wrong models")]]
