@@ -13,6 +13,7 @@ presence penalty 1.0, 95 % intervals from 10,000 bootstrap resamples. art.py imp
 import argparse
 import base64
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -963,6 +964,7 @@ def read_results(path):
     """What an earlier call with --out `path` kept, or an empty frame. Raises InputError."""
     try:
         saved = json.loads(Path(path).read_text()) if path and Path(path).exists() else {"settings": {}, "tasks": {}}
+        saved["settings"] = dict(saved["settings"])
         if not all(a["results"] and "questions" in a for arms in saved["tasks"].values() for a in arms.values()):
             raise ValueError("an arm without results")
         return saved
@@ -976,7 +978,17 @@ def keep_results(saved, path):
 
 
 def score_arms(args, arms, pictures, saved, ranks):
-    """Ask what `saved` does not hold yet of all `arms`, all at once, and add it; --out gets what is done every ten seconds."""
+    """Ask what `saved` does not hold yet of all `arms`, all at once, and add it; --out gets what is done every ten seconds.
+
+    Other ranks than the first keep theirs in files beside it, until it holds all; what they held when they were killed counts.
+    """
+    def own_files():
+        files = Path(args.out).parent.glob(glob.escape(Path(args.out).name) + ".rank*") if args.out else ()
+        return [file for file in files if (rank := file.suffix[5:]).isdecimal() and int(rank) % ranks.size == ranks.rank]
+    parts = [part for own in ranks.gather([*map(read_results, own_files())]) for part in own if part["settings"] == saved["settings"]]
+    keep = lambda: keep_results(saved, args.out and args.out + f".rank{ranks.rank}" * (ranks.rank > 0))        # noqa: E731
+    if not saved["tasks"] and not parts:
+        keep()                                          # that it cannot be written is said before the work
     sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty,
                     n=args.samples)
     served = args.server and served_model(args.server)
@@ -997,6 +1009,9 @@ def score_arms(args, arms, pictures, saved, ranks):
         for name in arms:
             if name not in held or held[name]["sha256"] != pictures[name]["sha256"]:
                 held[name] = {**pictures[name], "questions": questions, "results": [None] * len(examples[task])}
+            for other in (part["tasks"].get(task, {}).get(name, {}) for part in parts):
+                if {**other, "results": 0} == {**held[name], "results": 0}:         # the same picture and questions
+                    held[name]["results"] = [a or b for a, b in zip(held[name]["results"], other["results"])]
             if None in held[name]["results"]:
                 requests = arm_requests(processor, TASKS[task], examples[task], arms[name], args.rng, args.size)
                 todo += [(task, name, i, request) for i, request in enumerate(requests) if held[name]["results"][i] is None]
@@ -1014,16 +1029,19 @@ def score_arms(args, arms, pictures, saved, ranks):
             saved["tasks"][task][name]["results"][i] = judge(TASKS[task], examples[task][i], samples)
             fresh = True
             if time.monotonic() > kept_at + 10:
-                keep_results(saved, args.out)
+                keep()
                 kept_at = time.monotonic()
     finally:
         if fresh:
-            keep_results(saved, args.out)
+            keep()
     for part in ranks.gather([(task, name, i, saved["tasks"][task][name]["results"][i]) for task, name, i, _ in mine]):
         for task, name, i, result in part:
             saved["tasks"][task][name]["results"][i] = result
-    if ranks.size > 1:
-        keep_results(saved, args.out)
+    if not ranks.rank and (parts or ranks.size > 1):
+        keep()
+    ranks.gather("the first has kept all")
+    for file in own_files():
+        file.unlink()
 
 
 def parse_args():
@@ -1055,7 +1073,6 @@ def parse_args():
 def main(args):
     ranks = Ranks()
     saved = ranks.gather(None if ranks.rank else read_results(args.out))[0]
-    args.out = None if ranks.rank else args.out
     arms = {name: name if re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name) else open_picture(name) for name in args.arms}
     # Of each arm: bytes and hash of its pixels, None where it has none of its own
     of_pixels = {name: {"bytes": len(png_bytes(arm)), "sha256": hashlib.sha256(arm.tobytes()).hexdigest()}
@@ -1088,8 +1105,6 @@ def main(args):
         if saved["tasks"] and saved["settings"] != settings:
             raise InputError(f"--out {args.out}: its scores were made with other settings ({saved['settings']}): name another file.")
         saved["settings"] = settings
-        if not saved["tasks"]:
-            keep_results(saved, args.out)                       # that it cannot be written is said before the work
         score_arms(args, arms, of_pixels, saved, ranks)
     if not saved["tasks"]:
         raise InputError("no arm is given: name a picture file, none, random or string:N, or an --out file with scores.")
