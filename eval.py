@@ -11,6 +11,7 @@ presence penalty 1.0, 95 % intervals from 10,000 bootstrap resamples. art.py imp
 """
 
 import argparse
+import atexit
 import base64
 import csv
 import glob
@@ -518,6 +519,7 @@ class Ranks:
                 os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local]
             store, _, _ = next(distributed.rendezvous("env://"))
             self.group = distributed.ProcessGroupGloo(store, self.rank, self.size, timedelta(days=7))
+            atexit.register(delattr, self, "group")     # its threads end before Python does, or it may abort
         if self.rank:
             sys.stdout = open(os.devnull, "w")
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
