@@ -33,6 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from heapq import nsmallest
 from itertools import islice, repeat
 from pathlib import Path
@@ -802,8 +803,8 @@ def connect(url, **options):
             if len(body) > 1 << 24:
                 raise ValueError("an answer of more than 16 MiB")
         response._content = bytes(body)                 # where response.read() keeps it
-    return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), **options, http_client=openai.DefaultHttpxClient(
-        follow_redirects=False, event_hooks={"response": [read]}))
+    client = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [read]})
+    return openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), http_client=client, **options)
 
 
 def ask_server(url, model, requests, sampling=GREEDY, timeout=60):
@@ -988,7 +989,7 @@ def score_arms(args, arms, pictures, saved, ranks):
         files = Path(args.out).parent.glob(glob.escape(Path(args.out).name) + ".rank*") if args.out else ()
         return [file for file in files if (rank := file.suffix[5:]).isdecimal() and int(rank) % ranks.size == ranks.rank]
     parts = [part for own in ranks.gather([*map(read_results, own_files())]) for part in own if part["settings"] == saved["settings"]]
-    keep = lambda: keep_results(saved, args.out and args.out + f".rank{ranks.rank}" * (ranks.rank > 0))        # noqa: E731
+    keep = partial(keep_results, saved, args.out and args.out + (f".rank{ranks.rank}" if ranks.rank else ""))
     if not saved["tasks"] and not parts:
         keep()                                          # that it cannot be written is said before the work
     sampling = dict(temperature=args.temperature, max_tokens=args.max_new_tokens, presence_penalty=args.presence_penalty,

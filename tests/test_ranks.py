@@ -75,8 +75,8 @@ def test_two_ranks_score_as_one_process(tmp_path):
 
 def test_answers_of_killed_ranks_are_not_asked_again(tmp_path):
     """Both ranks are killed in the middle; one process goes on with what either has kept."""
-    command, out = [ROOT / "eval.py", "none", "random", "--task", "gsm8k", *QUICK, data("gsm8k", "test"), "--out", tmp_path / "a.json"], tmp_path / "a.json"
-    files = [out, tmp_path / "a.json.rank1"]
+    files = out, _ = [tmp_path / "a.json", tmp_path / "a.json.rank1"]
+    command = [ROOT / "eval.py", "none", "random", "--task", "gsm8k", *QUICK, data("gsm8k", "test"), "--out", out]
     answered = lambda: [sum(r is not None for a in json.loads(f.read_text())["tasks"].get("gsm8k", {}).values() for r in a["results"])     # noqa: E731
                         if f.exists() else 0 for f in files]
     process = torchrun(*command)
@@ -111,7 +111,7 @@ ranks.add_up(total := torch.tensor([1.5, 2.0]) * (ranks.rank + 1))
 assert total.tolist() == [4.5, 6.0] and list(range(5))[ranks.mine] == [[0, 2, 4], [1, 3]][ranks.rank]
 print("rank", ranks.rank)
 """)
-    out, err = (process := torchrun(tmp_path / "talk.py")).communicate(timeout=300)
+    out, err = (process := torchrun(tmp_path / "talk.py")).communicate(timeout=60)
     assert process.returncode == 0 and out == "rank 0\n", err
 
 
@@ -125,7 +125,7 @@ def test_a_rank_that_dies_ends_all(tmp_path):
     ranks = children(process.pid)
     os.kill(ranks[1], signal.SIGKILL)
     killed = time.monotonic()
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and time.monotonic() - killed < 60 and "Signal 9 (SIGKILL)" in err
     assert len(ranks) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
     assert load_file(tmp_path / "run" / "state.safetensors")["logits"].isfinite().all()
@@ -133,5 +133,5 @@ def test_a_rank_that_dies_ends_all(tmp_path):
 
 def test_a_wrong_input_ends_all_ranks_with_its_sentence(tmp_path):
     process = torchrun(ROOT / "art.py", *FLAGS, "--out", tmp_path / "run", "--size", 200)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=100)
     assert process.returncode != 0 and "art.py: error: --size 200: the model's image processor would resize it" in err
