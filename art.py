@@ -1,106 +1,112 @@
-"""ART, Art-based Reinforcement Training: fine-tune a multimodal LLM by training the pixels of one picture.
+"""ART, Art-based Reinforcement Training: fine-tune a multimodal LLM by training one picture.
 
-    python art.py --task gsm8k --seed seed.png          # Qwen3.5-0.8B and the paper's settings as far as they are known, on one GPU
-    torchrun --nproc-per-node 4 art.py --task gsm8k --seed seed.png             # the same on four
+    python art.py --task gsm8k --seed seed.png                               # one GPU
+    torchrun --nproc-per-node 4 art.py --task gsm8k --seed seed.png          # four
 
-The model stays frozen. One image stands before every question, and reinforcement learning moves its pixels. The result
-is a PNG: any vLLM serves it as an ordinary image request. Method: arXiv 2606.11854, which published no training code.
+The model (Qwen3.5-0.8B by default) stays frozen. One image stands before every question, and
+reinforcement learning moves its pixels. The result is a PNG: any vLLM serves it as an ordinary
+image request. Method: arXiv 2606.11854, which published no training code.
 
 One step, in the order of this file:
   1. load_seed          the picture to start from
-  2. PixelLogits        one parameter (3, H, W); its sigmoid, rounded to 8 bits, is the image, in training as in the PNG
-  3. rollout            vLLM samples G completions for each prompt, behind the PNG
+  2. PixelLogits        the only parameter; its sigmoid, rounded to 8 bits, is the image
+  3. rollout            vLLM samples G completions for each prompt, behind the image
   4. group_advantages   rewards relative to those of the other completions of the same prompt
-  5. dapo_loss          the clipped surrogate, token by token (DAPO, arXiv 2503.14476), without a KL term
-  6. backward           the loss's gradient through the frozen language model and vision tower into the pixels
+  5. dapo_loss          the clipped surrogate, token by token (DAPO, arXiv 2503.14476)
+  6. backward           its gradient, through the frozen model and its vision tower, to the pixels
   7. train              the loop: dynamic sampling, AdamW, validation, best.png
-Left out of the textbook: reference model and KL term (beta = 0 in the paper), value function, gradients of any weight.
+Left out of the textbook: reference model and KL term (beta = 0 in the paper), value function,
+gradients of any weight.
 """
 
+import signal
+
+if __name__ == "__main__":                      # Ctrl-C during the slow imports: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import fcntl
+import hashlib
+import io
 import json
 import math
 import os
 import random
 import sys
 import time
-import warnings
-from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
-from torch import nn
+from torch import distributed, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from eval import (TASKS, HelpFormatter, InputError, Ranks, at_least, evaluate, exit_with, first_line, fitting, generate, key_hash,
-                  load_engine, load_processor, model_inputs, open_picture, png_bytes, prompt_text, random_picture, save,
-                  user_turn)
+from eval import (IMAGE, TASKS, TEMPLATED, InputError, behind, count_tokens, evaluate, fitting,
+                  is_resized, load_engine, load_processor, model_inputs, open_picture, png_bytes,
+                  positive, render, save)
 
-__version__ = "1.1"
+__version__ = "2.0"
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Seed
 
 def load_seed(path, size):
-    """Load any picture as uint8 (3, H, W), cropped and scaled to `size` (an int, or height and width).
+    """Any picture as uint8 (3, size, size), cropped and scaled; transparency lies on mid-grey.
 
-    Transparency is laid on mid-grey. No path gives noise: sigmoids of N(0, 0.1) logits (0.1 read as the deviation).
+    No path gives noise: sigmoids of N(0, 0.1) logits (0.1 read as the deviation).
     """
-    height, width = (size, size) if isinstance(size, int) else size
     if path is None:
-        return (torch.sigmoid(0.1 * torch.randn(3, height, width)) * 255).round().to(torch.uint8)
-    picture = ImageOps.fit(open_picture(path), (width, height), Image.Resampling.LANCZOS)
+        noise = torch.sigmoid(0.1 * torch.randn(3, size, size))
+        return (255 * noise).round().to(torch.uint8)
+    picture = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Pixels
 
+def logits_of(levels):
+    """X_raw = log(p / (1 - p)), p = levels / 255. p = 0 and p = 1 are moved inwards by a quarter of
+    a level, so that all 256 values survive the round trip."""
+    return torch.logit(levels / 255, eps=0.25 / 255)
+
+
 class PixelLogits(nn.Module):
-    """The trainable image: X_raw = log(p / (1 - p)) of a uint8 seed (3, H, W), float32.
+    """The trainable image: float32 logits (3, H, W), at first those of a uint8 seed (3, H, W)."""
 
-    p = 0 and p = 1 are moved inwards by a quarter of a level, so that every seed value survives the round trip.
-    `max_change` bounds the distance of each 8-bit value from the seed's, where the optimiser's steps are `project`ed.
-    """
-
-    def __init__(self, seed, max_change=None):
+    def __init__(self, seed, rounding="straight-through"):
         super().__init__()
-        logits = lambda levels: torch.logit(levels / 255, eps=0.25 / 255)                               # noqa: E731
-        self.logits = nn.Parameter(logits(seed.float()))
-        for name, sign in (("low", -1), ("high", 1)):
-            self.register_buffer(name, None if max_change is None else logits(seed.float() + sign * max_change), persistent=False)
-
-    @torch.no_grad()
-    def project(self):
-        if self.low is not None:
-            self.logits.clamp_(self.low, self.high)
+        self.logits = nn.Parameter(logits_of(seed.float()))
+        self.rounding = rounding
 
     def forward(self):
-        """The image as float (3, H, W): its value is the 8-bit image's, its gradient is the sigmoid's.
+        """The image as float (3, H, W) in [0, 255].
 
-        The paper's backward sees the unrounded image. Rounding straight through makes the policy that is trained
-        the one that is deployed, to the bit.
+        "straight-through": its value is the 8-bit image's and its gradient the sigmoid's, so that
+        the policy that is trained is the one that is deployed, to the bit. "none": the continuous
+        image, as in the paper's backward pass.
         """
         image = 255 * torch.sigmoid(self.logits)
-        return image + (image.round() - image).detach()
+        return image if self.rounding == "none" else image + (image.round() - image).detach()
 
     def to_image(self):
         """The 8-bit PIL image: what vLLM sees and what is deployed."""
-        return Image.fromarray(self().detach().to("cpu", torch.uint8).permute(1, 2, 0).numpy())
+        levels = self().detach().round().to("cpu", torch.uint8)
+        return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+    @torch.no_grad()
+    def bound(self, seed, max_change):
+        """Bring each 8-bit value back to at most `max_change` levels from the seed's."""
+        seed = seed.to(self.logits.device, torch.float)
+        self.logits.clamp_(logits_of(seed - max_change), logits_of(seed + max_change))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Rollout
 
 @dataclass
@@ -113,174 +119,207 @@ class Completion:
     cut: bool                       # ended by the token limit
 
 
-def rollout(llm, prompts, image, group_size, max_new_tokens=512, seeds=None, timeout=60):
-    """Sample `group_size` completions for each rendered prompt (str) behind the PIL `image`: P lists of G Completions.
+def rollout(llm, prompts, image, group_size, max_new_tokens=512, temperature=1.0, rngs=None):
+    """Sample `group_size` completions for each rendered prompt (str) behind the PIL `image`.
 
-    Temperature 1 without top-p or top-k, so that the logprobs are those of the policy. (The paper's temperature is not
-    known to us.) `seeds`: one for each prompt, so that its samples do not depend on what the engine has sampled before.
+    Returns P lists of G Completions. No top-p and no top-k, so that the logprobs are those of the
+    (tempered) policy. `rngs`: a random number seed for each prompt, so that its samples do not
+    depend on what the engine has sampled before; vLLM counts on from it for each completion.
     """
     from vllm import SamplingParams
-    params = [SamplingParams(n=group_size, temperature=1.0, top_p=1.0, top_k=0, max_tokens=max_new_tokens, logprobs=0, seed=seed)
-              for seed in seeds or [None] * len(prompts)]        # vLLM counts on from the seed for each of the completions
-    outputs = dict(generate(llm, prompts, [image] * len(prompts), params, timeout))
-    return [[Completion(prompt, list(outputs[i].prompt_token_ids), list(o.token_ids),
-                        [at[token].logprob for token, at in zip(o.token_ids, o.logprobs)], o.text,
-                        o.finish_reason == "length")
-             for o in outputs[i].outputs]
-            for i, prompt in enumerate(prompts)]
+    requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for prompt in prompts]
+    sampling = [SamplingParams(n=group_size, temperature=temperature, top_p=1.0, top_k=0,
+                               max_tokens=max_new_tokens, logprobs=0, seed=rng)
+                for rng in rngs or [None] * len(prompts)]
+    outputs = llm.generate(requests, sampling, use_tqdm=False, tokenization_kwargs=TEMPLATED)
+    groups = []
+    for prompt, output in zip(prompts, outputs):
+        group = []
+        for sample in output.outputs:
+            ids = list(sample.token_ids)
+            logps = [at[token].logprob for token, at in zip(ids, sample.logprobs)]
+            group.append(Completion(prompt, list(output.prompt_token_ids), ids, logps, sample.text,
+                                    cut=sample.finish_reason == "length"))
+        groups.append(group)
+    return groups
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Rewards and advantages
 
 def overlong_penalty(length, max_length, cache_length):
-    """DAPO's soft overlong punishment (eq. 13): 0 up to max_length - cache_length tokens, then linearly to -1."""
-    return -min(1.0, max(0.0, (length - (max_length - cache_length)) / cache_length))
+    """DAPO's soft overlong punishment (eq. 13): 0 up to max_length - cache_length tokens, then
+    linearly down to -1 at max_length."""
+    excess = (length - (max_length - cache_length)) / cache_length
+    return -min(1.0, max(0.0, excess))
 
 
 def group_advantages(rewards, eps=1e-4):
-    """(P, G) rewards -> (P, G) advantages: each group centred and divided by its standard deviation.
+    """(P, G) rewards -> (P, G) advantages: A_ij = (R_ij - mean_i) / (std_i + eps).
 
-    The standard deviation is Bessel-corrected and `eps` is added to it, as in TRL. An equal group gives zeros.
+    The standard deviation is Bessel-corrected, as in TRL and verl. An equal group gives zeros.
     """
-    return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
+    return (rewards - mean) / (std + eps)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. Loss
 
-def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, total_tokens=None, weight=None):
+def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, total_tokens=None,
+              weight=None):
     """The clipped surrogate of DAPO (eq. 8), negated: a scalar, and metrics.
 
-    logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,). The sum over tokens is divided
-    by `total_tokens`, the completion tokens of the whole step (None: those of `mask`), so the losses and the metrics of
-    micro-batches add up to the step's. `weight` corrects for the sampler's slightly different policy; it takes no gradient.
+    logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,). The sum
+    over tokens is divided by `total_tokens`, the completion tokens of the whole step (None: those of
+    `mask`), so that the losses and the metrics of micro-batches add up to the step's. `weight`
+    corrects for the sampler's slightly different policy; it takes no gradient.
     """
-    total_tokens = mask.sum() if total_tokens is None else total_tokens
-    advantages = advantages[:, None]                                                    # (N, 1)
-    ratio = torch.exp((logp - old_logp).masked_fill(~mask, 0.0))                        # (N, T)
-    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    total_tokens = int(mask.sum()) if total_tokens is None else total_tokens
+    advantages = advantages[:, None]                                        # (N, 1)
+    ratio = torch.exp((logp - old_logp).masked_fill(~mask, 0.0))            # (N, T)
+    clipped_ratio = ratio.clamp(1 - eps_low, 1 + eps_high)
+    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
     if weight is not None:
         surrogate = surrogate * weight.detach()
-    clipped = ((ratio < 1 - eps_low) & (advantages < 0)) | ((ratio > 1 + eps_high) & (advantages > 0))
-    metrics = {"clip_fraction": (clipped & mask).sum().item() / int(total_tokens),
-               "ratio": (ratio.detach() * mask).sum().item() / int(total_tokens)}
+    too_low = (ratio < 1 - eps_low) & (advantages < 0)
+    too_high = (ratio > 1 + eps_high) & (advantages > 0)
+    clipped = (too_low | too_high) & mask                                   # no gradient there
+    metrics = {"clip_fraction": clipped.sum().item() / total_tokens,
+               "ratio": (ratio.detach() * mask).sum().item() / total_tokens}
     return -surrogate.masked_fill(~mask, 0.0).sum() / total_tokens, metrics
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. Backward through the frozen model
+#
+#   pixels --> vision tower --> image features --> prefix of prompt 1 --> its G completions --> loss
+#              once a step            |            once a group       --> in micro-batches  --> loss
+#                                     +---------> prefix of prompt 2 --> its G completions --> loss
+#                                     A                           A
+#                                     gradients meet here, and here
+#
+# The trained image stands at the front of every sequence. So what sequences share is computed once:
+# a group costs P + G*C tokens, not G*(P + C). The graph is cut at both places (`cut_graph`): the
+# gradients of all that follows add up there before they go on, once, to what lies in front.
+#
+# Hidden state: transformers keeps `rope_deltas`, the offset between a token's place and its
+# position behind an image, in the model. The prefix sets it, and its completions rely on it.
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
-    """transformers' cache layer of linear attention copies its state in place, over what the backward needs: this one assigns."""
+    """transformers' cache layer of linear attention copies its state in place, over what the
+    backward pass needs: this one assigns."""
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
-        self.recurrent_states[state_idx], self.is_recurrent_states_initialized[state_idx] = recurrent_states, True
+        self.recurrent_states[state_idx] = recurrent_states
+        self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states
 
 
-def encode_image(model, processor, prompt, image):
-    """Image features of a float (3, H, W) image in [0, 255], with its graph, as `mm_encoder_outputs` wants them.
-
-    The processor is the model's own; given a float tensor it is differentiable, and its values are those of the PNG. It is
-    called with a prompt, any, because some set the options of their image processor only then.
-    """
-    inputs = model_inputs(processor, prompt, image).to(model.device)
-    return model.get_image_features(**{k: inputs[k] for k in processor.image_processor.model_input_names if k in inputs},
-                                    return_dict=True)
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """Logprobs (M,) of `targets` (M,) from the last hidden states (M, hidden) and the frozen output layer.
-
-    The slope of a logprob, (onehot - p) @ W, is as large as the hidden state and known as soon as p is. So it is kept instead
-    of logits, `chunk` tokens at a time: the (tokens, vocabulary) matrix of a batch would be gigabytes.
-    """
-    @staticmethod
-    def forward(ctx, hidden, targets, output, chunk=512):
-        logprobs, slopes = [], []
-        for h, t in zip(hidden.split(chunk), targets[:, None].split(chunk)):
-            logp = output(h).float().log_softmax(-1)
-            logprobs.append(logp.gather(1, t)[:, 0])
-            slopes.append(logp.exp_().neg_().scatter_add_(1, t, torch.ones_like(t, dtype=logp.dtype)).to(h.dtype) @ output.weight)
-        ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(logprobs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        slopes, = ctx.saved_tensors
-        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
-
-
-# Cache layers that never write over what the backward needs, so that gradients pass through them.
-SHAREABLE = {DynamicLayer, DynamicSlidingWindowLayer, GraphLinearAttentionLayer}
-
-
 def graph_cache(model):
-    """An empty cache that gradients pass through."""
+    """An empty cache that gradients pass through. Raises InputError for layers that write over."""
     cache = DynamicCache(config=model.config.get_text_config())
     for layer in cache.layers:
         if type(layer) is LinearAttentionLayer:
             layer.__class__ = GraphLinearAttentionLayer
+        elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise InputError(f"--model: its cache has layers of {type(layer).__name__}, through "
+                             "which art.py sends no gradient; take another model.")
     return cache
 
 
+def encode_image(model, processor, prompt, image):
+    """Features of a float (3, H, W) image in [0, 255], with their graph, from the vision tower.
+
+    The processor is the model's own; given a float tensor it is differentiable, and its values are
+    those of the PNG. It is called with a prompt, any, as some set the image's options only then.
+    """
+    inputs = model_inputs(processor, prompt, image).to(model.device)
+    names = set(processor.image_processor.model_input_names) & set(inputs)
+    return model.get_image_features(**{name: inputs[name] for name in names}, return_dict=True)
+
+
 def run_prefix(model, prompt_inputs, features):
-    """Image and prompt through the model, once for all completions: (what each cache layer holds, last state (1, 1, hidden)).
-    None for a model whose cache has other layers than SHAREABLE."""
+    """Image and prompt (P tokens) through the language model, once for all completions.
+
+    Returns (what each cache layer holds, last hidden state (1, 1, hidden)).
+    """
     cache = graph_cache(model)
-    if other := {type(layer).__name__ for layer in cache.layers if type(layer) not in SHAREABLE}:
-        warnings.warn(f"no shared prefix for {', '.join(other)}: every completion runs with its prompt, which is slower")
-        return None
-    states = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features}, past_key_values=cache, use_cache=True)
+    states = model.base_model(**prompt_inputs, mm_encoder_outputs={"image": features},
+                              past_key_values=cache, use_cache=True)
     return [vars(layer) for layer in cache.layers], states.last_hidden_state[:, -1:]
 
 
-def completion_logprobs(model, prompt_inputs, features, prefix, ids, mask):
-    """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt, with their graph to its `prefix`.
+def completion_logprobs(model, prefix, ids, mask, temperature=1.0):
+    """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt.
 
-    The completions share image and prompt: they run on `run_prefix`'s cache, repeated N times, and their gradients meet
-    again in it. So a group costs P + N*T tokens, not N*(P + T). Without a prefix, each runs behind its own, plainly.
+    They run on the prefix's cache, repeated N times, and their graph leads back to it.
     """
-    if prefix is None:
-        hidden = torch.cat([plain_states(model, prompt_inputs, features, row[own]) for row, own in zip(ids, mask)])
-    else:
-        cache = graph_cache(model)
-        for layer, held in zip(cache.layers, prefix[0]):
-            vars(layer).update(tree_map_only(torch.Tensor, lambda x: x.repeat_interleave(len(ids), 0) if x.dim() else x, held))
-        # Padding stands on the right, where causal attention cannot see it. Without images in the call, a sampled image
-        # placeholder is an ordinary token, as it is to vLLM.
-        hidden = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        hidden = torch.cat([prefix[1].expand(len(ids), -1, -1), hidden[:, :-1]], dim=1)[mask]           # state t predicts token t
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(
-        mask, TokenLogprobs.apply(hidden, ids[mask], model.get_output_embeddings()))
+    def repeat(tensor):
+        return tensor.repeat_interleave(len(ids), 0) if tensor.dim() else tensor
+
+    layers, last_state = prefix
+    cache = graph_cache(model)
+    for layer, held in zip(cache.layers, layers):
+        vars(layer).update(tree_map_only(torch.Tensor, repeat, held))
+    # Padding stands on the right, where causal attention cannot see it. Without an image in the
+    # call, a sampled image placeholder is an ordinary token, as it is to vLLM.
+    states = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    hidden = torch.cat([repeat(last_state), states.last_hidden_state[:, :-1]], dim=1)  # t predicts t
+    output = model.get_output_embeddings()
+    logps = TokenLogprobs.apply(hidden[mask], ids[mask], output, temperature)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logps)
 
 
-def plain_states(model, prompt_inputs, features, ids):
-    """The states (T, hidden) that predict the completion `ids` (T,), run alone behind its prompt and without a cache."""
-    # A sampled image placeholder would be taken for one of the image's: it is read as token 0.
-    shape, read = prompt_inputs["input_ids"].shape, ids.masked_fill(ids == model.config.image_token_id, 0)
-    inputs = {k: torch.cat([v, (read if k == "input_ids" else torch.zeros_like(read))[None]], dim=1) if v.shape == shape else v
-              for k, v in prompt_inputs.items()}                            # token types of a completion are 0: text
-    hidden = model.base_model(**inputs, mm_encoder_outputs={"image": features}, use_cache=False).last_hidden_state
-    return hidden[0, shape[1] - 1:-1]
+class TokenLogprobs(torch.autograd.Function):
+    """Logprobs (M,) of `targets` (M,) from the last hidden states (M, hidden) and the frozen output
+    layer, of the policy at `temperature`.
+
+    The slope of a logprob, (onehot - p) @ W / temperature, is as large as the hidden state and known
+    as soon as p is. So it is kept instead of logits, `chunk` tokens at a time: the (tokens,
+    vocabulary) matrix of a batch would be gigabytes.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, output, temperature=1.0, chunk=512):
+        logps, slopes = [], []
+        for h, target in zip(hidden.split(chunk), targets[:, None].split(chunk)):
+            logp = (output(h).float() / temperature).log_softmax(-1)        # (chunk, vocabulary)
+            logps.append(logp.gather(1, target)[:, 0])
+            slope = logp.exp_().neg_()
+            slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
+            slopes.append(slope.to(h.dtype) @ output.weight / temperature)
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        slopes, = ctx.saved_tensors
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None, None
 
 
-def cut(tree):
-    """(`tree`, its tensors made leaves of a new graph; `join`): the gradients of any number of passes gather on the leaves, in
-    float32, until join() sends their sum on through the old graph, once."""
-    flat, spec = tree_flatten(tree)
-    leaves = {i: f.detach().float().requires_grad_() for i, f in enumerate(flat) if torch.is_tensor(f) and f.requires_grad}
+def cut_graph(tree):
+    """Cut the autograd graph at the tensors of `tree`. Returns (leaves, finish).
 
-    def join():
-        reached = {i: leaf.grad.to(flat[i].dtype) for i, leaf in leaves.items() if leaf.grad is not None}
-        torch.autograd.backward([flat[i] for i in reached], list(reached.values()))
-    return tree_unflatten([leaves[i].to(f.dtype) if i in leaves else f for i, f in enumerate(flat)], spec), join
+    `leaves` is the same tree as the start of a new graph. The gradients of any number of backward
+    passes add up on it, in float32; finish() then sends their sum through the old graph, once.
+    """
+    tensors, spec = tree_flatten(tree)
+    leaves = {i: tensor.detach().float().requires_grad_() for i, tensor in enumerate(tensors)
+              if torch.is_tensor(tensor) and tensor.requires_grad}
+
+    def finish():
+        reached = [i for i, leaf in leaves.items() if leaf.grad is not None]
+        gradients = [leaves[i].grad.to(tensors[i].dtype) for i in reached]
+        torch.autograd.backward([tensors[i] for i in reached], gradients)
+
+    new = [leaves[i].to(tensor.dtype) if i in leaves else tensor for i, tensor in enumerate(tensors)]
+    return tree_unflatten(new, spec), finish
 
 
 def micro_batches(lengths, room):
-    """Indices of completions of such `lengths` in batches of at most `room` tokens, at least one completion each. Like stands
-    beside like, for all are padded to the batch's longest."""
+    """Indices of completions of such `lengths` in batches of at most `room` tokens, padding
+    included, at least one completion each; sorted by length, so that little is padded."""
     batches = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batches and (len(batches[-1]) + 1) * lengths[i] <= room:
@@ -290,391 +329,390 @@ def micro_batches(lengths, room):
     return batches
 
 
-def backward(model, processor, pixels, groups, advantages, old_logps=None, tokens=4096, eps_low=0.2, eps_high=0.28,
-             weight_cap=2.0, total_tokens=None):
-    """Add the gradient of the DAPO loss over `groups` (lists of Completions, (P, G) advantages) to `pixels`.
+def pad(rows, dtype, device):
+    """Lists of different lengths as one tensor (N, T), zeros on the right. T is at least 2: a model
+    takes a single token for a step of decoding."""
+    width = max(2, *map(len, rows), 2)
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=dtype, device=device)
 
-    What sequences share at their front is computed once: the image passes the vision tower once a step, image and prompt
-    pass the language model once a group. The gradients of what follows gather there first (`cut`). A micro-batch has at
-    most `tokens` tokens, its prompt's included. `old_logps`: what the first update of this rollout batch returned; None in
-    that first update, where the policy is the old policy. `total_tokens`: the completion tokens of the whole step, where
-    `groups` are a part of it: gradients and metrics of the parts add up. Returns (metrics of the step, old_logps).
+
+def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_logps=None,
+             tokens_per_microbatch=4096, temperature=1.0, weight_cap=2.0, total_tokens=None):
+    """Add the gradient of the `loss` over `groups` (P lists of Completions) to `pixels`.
+
+    `advantages`: (P, G). `old_logps`: what the first update of this rollout batch returned; None in
+    that first update, where the policy is the old policy. `total_tokens`: the completion tokens of
+    the whole step, where `groups` are a part of it: gradients and metrics of parts add up.
+    Returns (metrics of the step, old_logps).
     """
-    metrics, new_old_logps = dict.fromkeys(("loss", "ratio", "clip_fraction", "mismatch", "mismatch_max"), 0.0), []
+    names = ("loss", "ratio", "clip_fraction", "entropy", "mismatch", "mismatch_max")
+    metrics, new_old_logps = dict.fromkeys(names, 0.0), []
     if not groups:
         return metrics, new_old_logps
     device, picture = model.device, pixels.to_image()
     total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
-    features, join_image = cut(encode_image(model, processor, groups[0][0].prompt, pixels()))
+    features = encode_image(model, processor, groups[0][0].prompt, pixels())
+    features, finish_image = cut_graph(features)
     for group, group_advantage in zip(groups, advantages):
         inputs = model_inputs(processor, group[0].prompt, picture).to(device)
         if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
             raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
         inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "attention_mask")}
-        prefix, join_prefix = cut(run_prefix(model, inputs, features))
-        for rows in micro_batches([len(c.ids) for c in group], tokens - len(group[0].prompt_ids)):
-            part = [group[i] for i in rows]
-            width = max(2, *(len(c.ids) for c in part))                     # 1 would be taken for a decoding step
-            pad = lambda values: torch.tensor([v + [0] * (width - len(v)) for v in values], device=device)        # noqa: E731
-            ids, mask = pad([c.ids for c in part]), pad([[True] * len(c.ids) for c in part]).bool()
-            sampled = pad([c.logps for c in part])
-            logp = completion_logprobs(model, inputs, features, prefix, ids, mask)
+        prefix, finish_prefix = cut_graph(run_prefix(model, inputs, features))
+        room = tokens_per_microbatch - len(group[0].prompt_ids)
+        for rows in micro_batches([len(c.ids) for c in group], room):
+            ids = pad([group[i].ids for i in rows], torch.long, device)                     # (N, T)
+            mask = pad([[True] * len(group[i].ids) for i in rows], torch.bool, device)
+            sampled_logp = pad([group[i].logps for i in rows], torch.float, device)
+            logp = completion_logprobs(model, prefix, ids, mask, temperature)
             old_logp = logp.detach() if old_logps is None else old_logps[len(new_old_logps)]
             new_old_logps.append(old_logp)
-            gap = (old_logp - sampled).masked_fill(~mask, 0.0)              # trainer against engine, before any update
+            # The trainer against the engine, before any update
+            gap = (old_logp - sampled_logp).masked_fill(~mask, 0.0)
             weight = gap.exp().clamp(max=weight_cap) if weight_cap else None
-            loss, part_metrics = dapo_loss(logp, old_logp, group_advantage[rows].to(device), mask,
-                                           eps_low, eps_high, total_tokens, weight)
-            loss.backward()
-            for name, value in {"loss": loss.item(), **part_metrics, "mismatch": gap.abs().sum().item() / total_tokens}.items():
-                metrics[name] += value
+            value, found = loss(logp, old_logp, group_advantage[rows].to(device), mask,
+                                total_tokens=total_tokens, weight=weight)
+            value.backward()
+            found |= {"loss": value.item(), "entropy": -old_logp.sum().item() / total_tokens,
+                      "mismatch": gap.abs().sum().item() / total_tokens}
+            for name in found:
+                metrics[name] += found[name]
             metrics["mismatch_max"] = max(metrics["mismatch_max"], gap.abs().max().item())
-        join_prefix()
-    join_image()
+        finish_prefix()
+    finish_image()
     return metrics, new_old_logps
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# What is checked and loaded before the loop, and what a run leaves
+# --------------------------------------------------------------------------------------------------
+# 7. The loop, and what it needs
 
-def check_size(processor, size):
-    """Raise InputError unless the processor gives the same values for a `size` x `size` picture as PNG and as tensor.
+# The processes that torchrun started, each with an engine, a frozen model and prompts of its own.
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-    It does if it takes the pixels as they are; what it resizes, it rounds in the PNG only.
+
+def gather(value):
+    """The `value` of every rank, in their order; without torchrun, a list of one."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def load_model(name, device):
+    """The frozen model: float32 on the CPU, bfloat16 on a GPU, no gradient for any weight.
+
+    Raises InputError, also for a model that scales or caps its logits, as TokenLogprobs does not.
     """
-    text = processor.apply_chat_template(user_turn("", True), tokenize=False)
-
-    def obstacle(side):
-        picture = random_picture(side, 0)
-        pixels = PixelLogits(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-        try:
-            png, tensor = (model_inputs(processor, text, image)["pixel_values"] for image in (picture, pixels()))
-        except (ValueError, RuntimeError) as error:                 # no whole number of patches, or no tensors with a graph
-            return f"does not take it ({first_line(error)})"
-        if not tensor.requires_grad:
-            return "is not differentiable"
-        return None if torch.equal(png, tensor) else (
-            "would resize it, or a copy of it beside tiles, and the pixels that are trained would not be those that are deployed")
-
-    if reason := obstacle(size):
-        sides = sorted({*range(28, 1025, 28), *range(32, 1025, 32)}, key=lambda side: abs(side - size))     # pairs of patches
-        works = sorted(islice((side for side in sides if obstacle(side) is None), 5))
-        shown = ", ".join(map(str, works)) or "none up to 1024, unless the options in its configuration file are changed"
-        raise InputError(f"--size {size}: the model's image processor {reason}; sizes that work near it: {shown}.")
-
-
-def memory_needed(model, tokens):
-    """Bytes of a frozen model's weights, and about those of a trainer pass over `tokens` tokens: each output of the language
-    model's matrices is kept some three times (measured by tests/bench.py), and so are the float32 logits of a chunk."""
-    outputs = sum(m.out_features for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
-    logits = 512 * model.config.get_text_config().vocab_size
-    return sum(p.nbytes for p in model.parameters()), 3 * (tokens * outputs * model.dtype.itemsize + 4 * logits)
-
-
-def check_memory(name, free, total, utilization, tokens, trust_remote_code=False):
-    """Say how engine and trainer share a GPU of `total` bytes, of which `free` are; raise InputError if they cannot. Nothing is
-    loaded for it."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
-    weights, needed = memory_needed(model, tokens)
-    engine, gb = utilization * total, lambda size: f"{size / 1e9:.1f} GB"
-    shares = (f"of {gb(total)} ({gb(free)} free) vLLM takes {gb(engine)} (--gpu-memory-utilization {utilization}), its weights "
-              f"{gb(weights)} of that; the trainer needs as much for its own, and about {gb(needed)} for a pass "
-              f"(--tokens-per-microbatch {tokens})")
-    if engine < 1.2 * weights or free - engine < weights + needed:
-        raise InputError(f"--model {name}: {shares}, which does not fit: change the two flags, or take a larger GPU.")
-    print("memory: " + shares)
-
-
-def load_model(name, device, trust_remote_code=False):
-    """The frozen model: float32 on the CPU, bfloat16 on a GPU, no gradient for any weight. Raises InputError."""
+    dtype = torch.bfloat16 if "cuda" in device else torch.float32
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32 if device == "cpu" else torch.bfloat16,
-                                                            trust_remote_code=trust_remote_code, use_safetensors=True)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {name}: transformers cannot load it as an image-text model ({first_line(error)}).") from error
+        raise InputError(f"--model {name}: it is no image-text model ({error}).") from error
     model = model.eval().requires_grad_(False).to(device)
-    states = []                                         # TokenLogprobs relies on it that the output matrix makes the logits
-    hook = model.base_model.register_forward_hook(lambda module, inputs, output: states.append(output.last_hidden_state))
-    logits = model(torch.tensor([[0, 1]], device=device)).logits
-    hook.remove()
-    if not torch.equal(logits.float(), model.get_output_embeddings()(states[0]).float()):
-        raise InputError(f"--model {name}: it scales or caps the logits of its output matrix, which TokenLogprobs does not.")
+    graph_cache(model)
+    ids = torch.tensor([[0, 1]], device=device)
+    states = model.base_model(input_ids=ids).last_hidden_state
+    if not torch.equal(model(input_ids=ids).logits, model.get_output_embeddings()(states)):
+        raise InputError(f"--model {name}: it scales or caps its logits, which art.py does not.")
     return model
 
 
-def split_validation(examples, count):
-    """(training examples, validation examples): at most `count`, by the hashes of their keys; rows of one key stay together."""
-    sizes, chosen, left = Counter(e["key"] for e in examples), set(), count
-    for key in sorted(sizes, key=lambda k: key_hash("validation " + k)):
-        if sizes[key] <= left:
-            chosen.add(key)
-            left -= sizes[key]
-    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen]
+def check_size(processor, size):
+    """Raise InputError unless the processor takes `size` x `size` pixels as they are."""
+    if is_resized(processor, size, size):
+        sides = {*range(28, 1025, 28), *range(32, 1025, 32)}                # pairs of patches
+        near = sorted(sides, key=lambda side: abs(side - size))[:30]
+        works = sorted([side for side in near if not is_resized(processor, side, side)][:5])
+        raise InputError(f"--size {size}: the model's image processor would resize or refuse it; "
+                         f"sizes that work near it: {', '.join(map(str, works)) or 'none'}.")
 
 
-def load_state(path, settings, shape):
-    """(metrics of the steps so far, tensors) of a run's state. Raises InputError if it is unreadable or of a run with
-    other `settings`. The file is plain tensors and JSON: reading it runs nothing."""
-    try:
-        with safe_open(path, "pt") as file:
-            run, tensors = json.loads(file.metadata()["run"]), {name: file.get_tensor(name) for name in file.keys()}
-        other = [f"--{k.replace('_', '-')} {run['settings'].get(k)}" for k, v in settings.items() if run["settings"].get(k) != v]
-        if not other and any(t.shape not in (shape, ()) or not t.isfinite().all() for t in [tensors["logits"], *tensors.values()]):
-            raise ValueError("its tensors do not fit")
-    except FileNotFoundError as error:
-        raise InputError(f"--resume: there is no {path}, so no run to go on with; start one without --resume, in another --out.") from error
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"--resume: {path} cannot be read as the state of a run ({first_line(error)}).") from error
-    if other:
-        raise InputError(f"--resume: {path} is of a run with {' '.join(other)}; give the same flags again, or another --out.")
-    return run["metrics"], tensors
+def load_examples(args, task, processor, seed_image):
+    """(training examples, validation examples), whatever the order of the rows. Raises InputError."""
+    examples = task.load("train", args.data, args.limit)
+    first_tokens = count_tokens(processor, behind(IMAGE, examples[0]), seed_image)
+    room = args.max_model_len - args.max_new_tokens
+    examples = fitting(processor, examples, room, first_tokens)
+    keys = sorted({example["key"] for example in examples})     # rows of one conversation share one
+    random.Random(0).shuffle(keys)
+    held_out = set(keys[:args.validation])
+    validation = [e for e in examples if e["key"] in held_out][:args.validation]
+    training = [e for e in examples if e["key"] not in held_out]
+    if len(training) < args.prompts:
+        raise InputError(f"--task {args.task}: {len(training)} training examples are left beside "
+                         f"{len(validation)} for --validation, fewer than --prompts {args.prompts}.")
+    return training, validation
 
 
-def panel(seed, image):
-    """Seed, image and their difference (around mid-grey, amplified as far as 95 % of it stays visible), labelled."""
-    difference = np.asarray(image, dtype=int) - np.asarray(seed, dtype=int)
-    gain = int(min(16, max(1, 127 // max(1, np.quantile(abs(difference), 0.95)))))
-    difference = Image.fromarray((128 + gain * difference).clip(0, 255).astype(np.uint8))
-    width, height, line = image.width, image.height, 28
-    sheet = Image.new("RGB", (3 * width + 40, height + line + 10), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (part, label) in enumerate([(seed, "seed"), (image, "trained image"), (difference, f"difference x {gain}")]):
-        sheet.paste(part, (10 + i * (width + 10), line))
-        draw.text((10 + i * (width + 10), 5), label, fill="black", font_size=15)
-    return sheet
+def endless_prompts(examples, rng, skip):
+    """Yield (random number seed, example) for ever, less the first `skip`: all, then all again."""
+    order, number = random.Random(rng), 0
+    while True:
+        for example in order.sample(examples, len(examples)):
+            if number >= skip:
+                yield random.Random(f"{rng} {number}").getrandbits(62), example
+            number += 1
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 7. The loop
+def reward_of(task, example, completion, args):
+    """The training reward of a completion, less the overlong punishment if there is one."""
+    reward = task.reward(example, completion.text)
+    if args.overlong_cache:
+        length = len(completion.ids)
+        reward += overlong_penalty(length, args.max_new_tokens, args.overlong_cache)
+    return reward
 
-def sample_groups(llm, processor, task, stream, image, args, ranks):
-    """Dynamic sampling: roll out prompts until `args.prompts` groups hold right and wrong answers, `--rounds` times at most.
 
-    `stream` yields (seed for the sampler, example), in all ranks the same, which share the prompts of a round. Returns the kept
-    groups of all of them, their (P, G) rewards, and metrics over everything that was sampled.
+def sample_groups(llm, processor, task, prompts, image, args):
+    """Dynamic sampling: roll out prompts until `args.prompts` groups hold right and wrong answers.
+
+    `prompts` yields the same (rng, example) in all ranks, which share the prompts of each of at most
+    `args.rounds` rounds. Returns the kept groups of all ranks, their (P, G) rewards, and metrics
+    over everything that was sampled.
     """
     kept, rewards, seen = [], [], []
     for _ in range(args.rounds):
-        share = list(enumerate(islice(stream, args.prompts - len(kept))))[ranks.mine]
-        groups = rollout(llm, [prompt_text(processor, task, e) for _, (_, e) in share], image, args.group_size, args.max_new_tokens,
-                         [seed for _, (seed, _) in share], args.timeout)
-        judged = []
-        for (place, (_, example)), group in zip(share, groups):
-            scores, shaped = ([judge(example, c.text) for c in group] for judge in (task.score, task.reward))
-            if not all(0 <= r <= 1 for r in scores + shaped):                   # not a number fails this, too
-                raise InputError(f"the task's reward or score for a completion is outside [0, 1]: {scores + shaped}.")
-            if args.overlong_cache:
-                shaped = [r + overlong_penalty(len(c.ids), args.max_new_tokens, args.overlong_cache) for r, c in zip(shaped, group)]
-            judged.append((place, group, scores, shaped))
-        for _, group, scores, shaped in sorted(chain(*ranks.gather(judged)), key=lambda each: each[0]):
-            seen += [(s, r, len(c.ids), c.cut) for s, r, c in zip(scores, shaped, group)]
-            if len(set(scores)) > 1:                                # judged by the score, not by the shaped reward
+        asked = [next(prompts) for _ in range(args.prompts - len(kept))]
+        mine = asked[RANK::WORLD_SIZE]
+        texts = [render(processor, behind(IMAGE, example)) for _, example in mine]
+        shares = gather(rollout(llm, texts, image, args.group_size, args.max_new_tokens,
+                                args.temperature, [rng for rng, _ in mine]))
+        for i, (_, example) in enumerate(asked):
+            group = shares[i % WORLD_SIZE][i // WORLD_SIZE]
+            scores = [task.score(example, c.text) for c in group]
+            group_rewards = [reward_of(task, example, c, args) for c in group]
+            seen += zip(scores, group_rewards, [len(c.ids) for c in group], [c.cut for c in group])
+            if len(set(scores)) > 1:                    # by the score, not by the shaped reward
                 kept.append(group)
-                rewards.append(shaped)
+                rewards.append(group_rewards)
         if len(kept) == args.prompts:
             break
-    score, reward, length, cut = (float(np.mean(x)) for x in zip(*seen))
-    return kept, torch.tensor(rewards), {"reward": reward, "score": score, "groups": len(kept), "length": length, "cut": cut,
-                                         "sampled_groups": len(seen) // args.group_size}
+    metrics = dict(zip(("score", "reward", "length", "cut"), np.mean(seen, axis=0).tolist()))
+    metrics |= {"groups": len(kept), "sampled_groups": len(seen) // args.group_size, "skipped": 0}
+    return kept, torch.tensor(rewards), metrics
 
 
-def update(model, processor, pixels, optimizer, groups, advantages, args, ranks):
-    """`--updates` steps of AdamW on the groups of all ranks. Returns (metrics of the last one, which numbers of the next one are not
-    finite, if any: that one is not made)."""
-    metrics, old_logps, total_tokens = {}, None, sum(len(c.ids) for group in groups for c in group)
-    for _ in range(args.updates):
-        pixels.logits.grad = torch.zeros_like(pixels.logits)
-        share, old_logps = backward(model, processor, pixels, groups[ranks.mine], advantages[ranks.mine], old_logps,
-                                    args.tokens_per_microbatch, args.eps_low, args.eps_high, args.weight_cap, total_tokens)
-        ranks.add_up(pixels.logits.grad)
-        shares = ranks.gather(share)
-        found = {name: (max if name == "mismatch_max" else sum)(s[name] for s in shares) for name in share}
-        found["grad_norm"] = nn.utils.clip_grad_norm_(pixels.parameters(), args.max_grad_norm or math.inf).item()
-        if wrong := [f"{name} {value}" for name, value in found.items() if not math.isfinite(value)]:
-            return metrics, wrong
-        optimizer.step()
-        pixels.project()
-        metrics = found
-    return metrics, []
+def step_pixels(pixels, optimizer, seed, metrics, args):
+    """One step of AdamW with the gradients of all ranks. Returns the step's metrics; "skipped" is 1
+    if one of them is not finite, and then the pixels stay as they are."""
+    pixels.logits.grad = sum(gather(pixels.logits.grad.cpu())).to(pixels.logits.device)
+    shares = gather(metrics)
+    metrics = {name: sum(share[name] for share in shares) for name in metrics}
+    metrics["mismatch_max"] = max(share["mismatch_max"] for share in shares)
+    max_norm = args.max_grad_norm or math.inf
+    metrics["grad_norm"] = nn.utils.clip_grad_norm_(pixels.parameters(), max_norm).item()
+    if not all(map(math.isfinite, metrics.values())):
+        return {"skipped": 1}
+    optimizer.step()
+    if args.max_change:
+        pixels.bound(seed, args.max_change)
+    return metrics
 
 
-# Of the flags, those that do not change what a step computes, but for rounding: a run may go on with others.
-FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch", "timeout", "trust_remote_code")
+# Flags that do not change what a step computes, but for rounding: a run may go on with others.
+FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch")
+
+
+def load_state(args, settings):
+    """The state of the run in `args.out`; None where one begins. Raises InputError."""
+    out, path = Path(args.out), Path(args.out, "state.pt")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not args.resume:
+            raise InputError(f"--out {out}: it is not empty; go on with the run in it by --resume, "
+                             "or name another folder.")
+        if not path.exists():
+            return None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        others = [f"--{name.replace('_', '-')}" for name, value in settings.items()
+                  if state["settings"].get(name) != value]
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}; name another folder.") from error
+    except Exception as error:                          # torch.load raises anything
+        raise InputError(f"--resume: {path} is no whole state of a run; name another --out.") from error
+    if others:
+        raise InputError(f"--resume: the run in {out} has another {' '.join(others)}; give its flags "
+                         "again, or another --out.")
+    return state
+
+
+def finish_step(args, settings, history, pixels, optimizer, seed_image):
+    """Write what a run leaves after a step, and print the step's line; its `history` of metrics ends
+    with the step's. The earlier of two equally good images is best.png: it is nearer to the seed."""
+    out, image, metrics = Path(args.out), pixels.to_image(), history[-1]
+    metrics["moved"] = float(np.abs(np.subtract(image, seed_image, dtype=int)).mean())
+    notes = {"Title": f"ART image for {args.task}", "Software": f"art.py {__version__}, "
+             "arXiv 2606.11854", "step": metrics["step"], "settings": json.dumps(settings)}
+    notes |= {name: settings[name] for name in ("task", "model")}
+    save(png_bytes(image, notes), out / "last.png")
+    if "validation" in metrics:
+        save(png_bytes(seed_image), out / "seed.png")           # as cropped and scaled
+        save(png_bytes(panel(seed_image, image)), out / "panel.png")
+        if all(metrics["validation"] > m.get("validation", -1) for m in history[:-1]):
+            notes["validation"] = metrics["validation"]
+            save(png_bytes(image, notes), out / "best.png")
+    torch.save({"settings": settings, "history": history, "logits": pixels.logits.detach(),
+                "optimizer": optimizer.state_dict()}, buffer := io.BytesIO())
+    save(buffer.getvalue(), out / "state.pt")
+    save("".join(json.dumps(m) + "\n" for m in history).encode(), out / "metrics.jsonl")
+    shown = ("reward", "score", "groups", "length", "entropy", "mismatch", "clip_fraction", "skipped",
+             "moved", "rollout_s", "trainer_s", "validation")
+    print(f"step {metrics['step']}", *(f"{name} {metrics[name]:.4g}" for name in shown
+                                       if name in metrics), sep="  ", flush=True)
+
+
+def panel(seed, image):
+    """Seed, image and their difference around mid-grey, amplified as far as 95 % of it stays
+    visible, side by side, as a PIL image."""
+    difference = np.subtract(image, seed, dtype=int)
+    gain = int(np.clip(127 / max(1, np.quantile(abs(difference), 0.95)), 1, 16))
+    difference = Image.fromarray((128 + gain * difference).clip(0, 255).astype(np.uint8))
+    sheet = Image.new("RGB", (3 * image.width + 40, image.height + 38), "white")
+    parts = {"seed": seed, "trained image": image, f"difference x {gain}": difference}
+    for i, (label, part) in enumerate(parts.items()):
+        left = 10 + i * (image.width + 10)
+        sheet.paste(part, (left, 28))
+        ImageDraw.Draw(sheet).text((left, 5), label, fill="black", font_size=15)
+    return sheet
 
 
 def train(args):
-    """Train one image as `args` (see the flags below) say; everything it makes lies in `args.out`, for it alone."""
-    ranks, out = Ranks(), Path(args.out)
-    if ranks.rank:                                                  # rank 0 writes
-        return loop(args, out, ranks)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        fcntl.flock(folder := os.open(out, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)          # let go of even at a kill
-    except OSError as error:
-        reason = "another run is at work in it" if isinstance(error, BlockingIOError) else error.strerror
-        raise InputError(f"--out {out}: {reason}; name another folder.") from error
-    try:
-        if not args.resume and any(os.path.exists(out / name) for name in ("metrics.jsonl", "state.safetensors")):
-            raise InputError(f"--out {out}: it holds a run already; go on with it by --resume, or name another folder.")
-        if not args.resume and args.seed and os.path.dirname(os.path.realpath(args.seed)) == os.path.realpath(out):
-            raise InputError(f"--out {out}: the seed lies in it, which a picture of the run could replace; name another folder.")
-        loop(args, out, ranks)
-    except torch.OutOfMemoryError as error:
-        raise InputError("the GPU's memory is full: lower --tokens-per-microbatch or --gpu-memory-utilization; --resume goes on.") from error
-    finally:
-        os.close(folder)
-        if not os.listdir(out):                                     # a wrong input leaves no empty folder
-            out.rmdir()
-
-
-def loop(args, out, ranks):
+    """Train one image as the flags say; what it makes lies in the folder `args.out`."""
     torch.manual_seed(args.rng)
-    seed = load_seed(args.seed, args.size)
-    task = TASKS[args.task]
-    examples = task.load("train", args.data, args.limit)
-    processor = load_processor(args.model, args.trust_remote_code)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    task, processor = TASKS[args.task], load_processor(args.model)
     check_size(processor, args.size)
-    examples = fitting(processor, task, examples, args.max_model_len - args.max_new_tokens, random_picture(args.size, 0))
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= {"seed": f"of hash {key_hash(seed.numpy().tobytes().hex()):x}", "data": f"of hash {key_hash(repr(examples)):x}"}
-    examples, validation = split_validation(examples, args.validation)
-    if len(examples) < args.prompts or not validation:
-        raise InputError(f"--task {args.task}: {len(examples)} training examples are left beside {len(validation)} for "
-                         f"validation, fewer than --prompts {args.prompts}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pixels = PixelLogits(seed, args.max_change).to(device)
+    seed = load_seed(args.seed, args.size)                                          # 1. Seed
+    pixels = PixelLogits(seed, args.rounding).to(device)                            # 2. Pixels
     seed_image = pixels.to_image()
-    # The paper's betas, eps and weight decay are not known to us; any decay would pull the picture to grey.
-    optimizer = torch.optim.AdamW(pixels.parameters(), lr=args.lr, weight_decay=0.0)
-    done = []                                                       # the metrics of each step
+    optimizer = torch.optim.AdamW(pixels.parameters(), args.lr, args.betas,
+                                  weight_decay=args.weight_decay)
+    examples, validation = load_examples(args, task, processor, seed_image)
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings["seed"] = hashlib.sha256(seed_image.tobytes()).hexdigest()
+    settings["data"] = hashlib.sha256(repr(examples).encode()).hexdigest()
+    history = []                                                # the metrics of each step
+    if state := gather(load_state(args, settings) if RANK == 0 else None)[0]:
+        history = state["history"]
+        pixels.load_state_dict({"logits": state["logits"]})
+        optimizer.load_state_dict(state["optimizer"])
+    llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
+                      args.gpu_memory_utilization, args.rng)
+    model = load_model(args.model, device)
+    sampled_groups = sum(metrics.get("sampled_groups", 0) for metrics in history)
+    prompts = endless_prompts(examples, args.rng, skip=sampled_groups)
+    loss = partial(dapo_loss, eps_low=args.eps_low, eps_high=args.eps_high)
 
-    def write(data, name):
-        if ranks.rank == 0:
-            save(data, out / name)
-
-    def write_metrics():
-        write("".join(json.dumps(m) + "\n" for m in done).encode(), "metrics.jsonl")
-    if len({*map(json.dumps, ranks.gather(settings))}) > 1:
-        raise InputError("torchrun: the ranks have different flags, data or seeds; give all of them the same.")
-    if args.resume:
-        done, tensors = ranks.gather(None if ranks.rank else load_state(out / "state.safetensors", settings, seed.shape))[0]
-        write_metrics()
-        pixels.load_state_dict({"logits": tensors.pop("logits")})
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: tensors} if tensors else {}})
-    best = max((m["validation"] for m in done if "validation" in m), default=-1.0)
-    notes = {"Title": f"ART image for {args.task}", "Software": f"art.py {__version__} (arXiv 2606.11854)", "model": args.model,
-             "task": args.task, "settings": json.dumps(settings)}
-    # A folder that cannot be written is refused before a model is loaded.
-    write(png_bytes(seed_image), "seed.png")                        # as cropped and scaled, to be scored beside the others
-    write(png_bytes(pixels.to_image(), {**notes, "step": max(0, len(done) - 1)}), "last.png")
-    if device == "cuda":
-        check_memory(args.model, *torch.cuda.mem_get_info(), args.gpu_memory_utilization, args.tokens_per_microbatch,
-                     args.trust_remote_code)
-    llm = load_engine(args.model, args.max_model_len, args.max_num_seqs, args.gpu_memory_utilization, args.rng,
-                      args.trust_remote_code)
-    model = load_model(args.model, device, args.trust_remote_code)
-    order = random.Random(args.rng)
-    stream = chain.from_iterable(order.sample(examples, len(examples)) for _ in repeat(None))
-    stream = ((key_hash(f"{args.rng} {i}") >> 1, example) for i, example in enumerate(stream))
-    stream = islice(stream, sum(m["sampled_groups"] for m in done[1:]), None)
-    started = time.time()
-    print(f"{args.task}: {len(examples)} training and {len(validation)} validation examples, {args.model} on {device}, "
-          f"pictures and metrics.jsonl in {out}/" + f", going on after step {len(done) - 1}" * args.resume, flush=True)
-
-    def learn(step):
-        start = time.time()
-        groups, rewards, metrics = sample_groups(llm, processor, task, stream, pixels.to_image(), args, ranks)
-        metrics |= {"skipped": 0, "rollout_s": time.time() - start}
-        start, note = time.time(), "no group with right and wrong answers: nothing to learn"
+    for step in range(len(history), args.steps + 1):            # step 0 only validates the seed
+        metrics, start, groups = {"step": step}, time.time(), []
+        if step > 0:
+            # 3. Rollout, until enough groups hold right and wrong answers
+            groups, rewards, sampled = sample_groups(llm, processor, task, prompts,
+                                                     pixels.to_image(), args)
+            metrics |= {**sampled, "rollout_s": time.time() - start}
         if groups:
-            optimizer.param_groups[0]["lr"] = metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
-            updated, wrong = update(model, processor, pixels, optimizer, groups, group_advantages(rewards), args, ranks)
-            metrics |= {**updated, "skipped": int(bool(wrong))}
-            note = f"skipped: {', '.join(wrong)}" if wrong else (
-                f"mismatch {metrics['mismatch']:.4f}  clipped {metrics['clip_fraction']:.3f}")
-        image = pixels.to_image()
-        metrics["moved"] = float(np.abs(np.asarray(image, dtype=int) - np.asarray(seed_image)).mean())
-        metrics["trainer_s"] = time.time() - start
-        write(png_bytes(image, {**notes, "step": step}), "last.png")
-        tqdm.write(f"step {step:4d}  reward {metrics['reward']:.3f}  score {metrics['score']:.3f}  groups "
-                   f"{metrics['groups']}/{metrics['sampled_groups']}  length {metrics['length']:.0f}  {note}  "
-                   f"moved {metrics['moved']:.1f}  {metrics['rollout_s']:.1f} + {metrics['trainer_s']:.1f} s")
-        return metrics
-
-    bar = tqdm(range(len(done), args.steps + 1), initial=len(done), total=args.steps + 1, unit="step", disable=ranks.rank > 0 or None)
-    try:
-        for step in bar:
-            metrics = {"step": step, **(learn(step) if step else {})}
-            if step % args.validate_every == 0 or step == args.steps:
-                image = pixels.to_image()
-                results = evaluate(llm, processor, task, validation[ranks.mine], image, args.max_new_tokens, args.timeout)
-                accuracy = metrics["validation"] = float(np.mean([*chain(*ranks.gather([r["score"] for r in results]))]))
-                if accuracy > best:                                 # the earlier image wins a tie: it is nearer to the seed
-                    best = accuracy
-                    write(png_bytes(image, {**notes, "step": step, "validation": accuracy}), "best.png")
-                write(png_bytes(panel(seed_image, image)), "panel.png")
-                tqdm.write(f"step {step:4d}  validation {100 * accuracy:5.1f} %  (best {100 * best:5.1f} %)")
-            done.append(metrics)
-            # The state comes first and holds all the metrics: killed between the two, a run still goes on where it was.
-            tensors = {"logits": pixels.logits.detach(), **optimizer.state[pixels.logits]}
-            write(safetensors_bytes({name: tensor.cpu() for name, tensor in tensors.items()},
-                                    {"run": json.dumps({"settings": settings, "metrics": done})}), "state.safetensors")
-            write_metrics()
-            bar.set_postfix(reward=f"{metrics.get('reward', 0):.3f}", best=f"{best:.3f}")
-            if metrics.get("skipped") and sum(m["skipped"] for m in done[1:]) >= 10:
-                raise InputError("10 steps gave a loss, gradient or logprob that is no finite number and were skipped: the run ends.")
-    except KeyboardInterrupt:
-        write(png_bytes(panel(seed_image, pixels.to_image())), "panel.png")
-        tqdm.write("interrupted; --resume goes on after the last whole step")
-        sys.exit(130)
-    finally:
-        if (out / "best.png").exists():
-            print(f"best validation {100 * best:.1f} %, {time.time() - started:.0f} s: {out}/best.png, {out}/last.png, "
-                  f"{out}/panel.png", flush=True)
+            # 4. Advantages
+            advantages, old_logps = group_advantages(rewards), None
+            total_tokens = sum(len(c.ids) for group in groups for c in group)
+            metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
+            optimizer.param_groups[0]["lr"] = metrics["lr"]
+            for _ in range(args.updates):
+                # 5. Loss, and 6. its gradient, from this rank's share of the groups
+                pixels.logits.grad = torch.zeros_like(pixels.logits)
+                found, old_logps = backward(
+                    model, processor, pixels, groups[RANK::WORLD_SIZE],
+                    advantages[RANK::WORLD_SIZE], loss, old_logps, args.tokens_per_microbatch,
+                    args.temperature, args.weight_cap, total_tokens)
+                # 7. AdamW
+                metrics |= step_pixels(pixels, optimizer, seed, found, args)
+                if metrics["skipped"]:
+                    break
+            metrics["trainer_s"] = time.time() - start - metrics["rollout_s"]
+        if step % args.validate_every == 0 or step == args.steps:
+            results = evaluate(llm, processor, task, validation[RANK::WORLD_SIZE],
+                               pixels.to_image(), args.max_new_tokens)
+            scores = sum(gather([result["score"][0] for result in results]), [])
+            metrics["validation"] = sum(scores) / len(scores)
+        history.append(metrics)
+        if RANK == 0:
+            finish_step(args, settings, history, pixels, optimizer, seed_image)
+        if len(history) > 10 and all(metrics.get("skipped") for metrics in history[-10:]):
+            raise InputError("loss, gradient or a logprob was not finite in ten steps in a row: the "
+                             "run ends; a lower --lr may help.")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="art.py --task TASK "
+                                     "[--seed PICTURE] [more flags: see --help]",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="the benchmark to train for")
     add("--seed", help="the picture to start from; noise if not given")
     add("--model", default="Qwen/Qwen3.5-0.8B", help="hub name or folder")
-    add("--data", help="local .jsonl, .json, .csv or .parquet of training rows in the benchmark's own schema")
-    add("--out", help="folder of the run (default: runs/TASK)")
-    add("--limit", type=at_least(1), help="read only so many training examples")
-    add("--rng", type=at_least(0), default=0, help="random number seed")
-    add("--resume", action="store_true", help="go on with the run in --out, exactly; give its other flags again (--steps may grow)")
-    add("--trust-remote-code", action="store_true", help="run code that the model brings along")
+    add("--data", help="local file of training rows in the benchmark's own schema")
+    add("--out", help="folder of the run; runs/TASK if not given")
+    add("--limit", type=int, help="use only so many training examples")
+    add("--rng", type=int, default=0, help="random number seed")
+    add("--resume", action="store_true", help="go on with the run in --out, exactly, or start it; "
+        "give its other flags again (--steps may grow)")
     # Known from the paper (of --prompts, the product with --group-size)
-    add("--size", type=at_least(1, high=2048), default=256, help="side of the image in pixels: 256 is 64 tokens, and the least Qwen3.5 does not resize")
-    add("--steps", type=at_least(1), default=100, help="rollout batches, one a step")
-    add("--lr", type=at_least(0, float), default=0.1, help="AdamW, constant after --warmup steps")
-    add("--warmup", type=at_least(0), default=5, help="steps in which the learning rate rises")
-    add("--group-size", type=at_least(2, high=1024), default=8, help="completions for each prompt, at least 2")
-    add("--prompts", type=at_least(1), default=4, help="prompts a step: the paper's 'effective batch 32', taken as completions")
-    add("--eps-low", type=at_least(0, float), default=0.2, help="ratio is clipped below 1 - this")
-    add("--eps-high", type=at_least(0, float), default=0.28, help="ratio is clipped above 1 + this")
+    add("--size", type=int, default=256, help="side of the image in pixels: 256 is 64 tokens")
+    add("--steps", type=int, default=100, help="rollout batches, one a step")
+    add("--lr", type=float, default=0.1, help="AdamW's, constant after --warmup steps")
+    add("--warmup", type=int, default=5, help="steps in which the learning rate rises")
+    add("--group-size", type=int, default=8, help="completions for each prompt")
+    add("--prompts", type=int, default=4, help="prompts a step: 32 completions in all")
+    add("--eps-low", type=float, default=0.2, help="the ratio is clipped below 1 - this")
+    add("--eps-high", type=float, default=0.28, help="the ratio is clipped above 1 + this")
     # Not known from the paper, or added to it
-    add("--max-change", type=at_least(1), help="most that a pixel's 8-bit value may differ from the seed's (default: anything)")
-    add("--updates", type=at_least(1), default=1, help="updates for each rollout batch; the clip works from the second on")
-    add("--rounds", type=at_least(1), default=4, help="sampling rounds a step to replace groups that are all right or all wrong")
-    add("--overlong-cache", type=at_least(0), default=0, help="soft overlong punishment over the last so many tokens; 0: none")
-    add("--weight-cap", type=at_least(0, float), default=2.0, help="cap of the importance weight trainer / vLLM; 0: no weight")
-    add("--max-grad-norm", type=at_least(0, float), default=0.0, help="clip the gradient's norm to this; 0: no clip")
-    add("--max-new-tokens", type=at_least(1), default=512, help="tokens after which a completion is cut off")
-    add("--max-model-len", type=at_least(1), default=4096, help="most tokens of prompt and completion; longer prompts are left out")
-    add("--max-num-seqs", type=at_least(1, high=65536), default=256, help="sequences that vLLM runs at once")
-    add("--tokens-per-microbatch", type=at_least(1), default=4096, help="prompt and completion tokens in a trainer pass, which set its memory")
-    add("--gpu-memory-utilization", type=at_least(0, float, 1), default=0.5, help="vLLM's share of the GPU; the trainer needs the rest")
-    add("--timeout", type=at_least(1), default=60, help="seconds without a step of vLLM that end the run; give a large model on a CPU more")
-    add("--validation", type=at_least(1), default=128, help="training examples set aside to choose best.png")
-    add("--validate-every", type=at_least(1), default=10, help="steps between validations")
-    args = parser.parse_args()
+    add("--rounding", choices=("straight-through", "none"), default="straight-through",
+        help="none: the trainer sees the continuous image, as in the paper")
+    add("--temperature", type=float, default=1.0, help="of the rollouts")
+    add("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's")
+    add("--weight-decay", type=float, default=0.0, help="AdamW's; any pulls the image to grey")
+    add("--max-change", type=int, help="most that an 8-bit value may differ from the seed's")
+    add("--updates", type=int, default=1, help="for each rollout batch; from the second, the clip works")
+    add("--rounds", type=int, default=4, help="of sampling in a step, to replace groups that are all "
+        "right or all wrong")
+    add("--overlong-cache", type=int, default=0, help="tokens before the limit over which a "
+        "completion is punished more and more; 0: no punishment")
+    add("--weight-cap", type=float, default=2.0, help="of the importance weight trainer / vLLM; 0: "
+        "no weight")
+    add("--max-grad-norm", type=float, default=0.0, help="the gradient is clipped to it; 0: no clip")
+    add("--max-new-tokens", type=int, default=512, help="a completion is cut off there")
+    add("--max-model-len", type=int, default=4096, help="of prompt and completion; longer prompts "
+        "are left out")
+    add("--max-num-seqs", type=int, default=256, help="sequences that vLLM runs at once")
+    add("--tokens-per-microbatch", type=int, default=4096, help="in a trainer pass: its memory")
+    add("--gpu-memory-utilization", type=float, default=0.5, help="vLLM's share; the trainer needs "
+        "the rest")
+    add("--validation", type=int, default=128, help="training examples that choose best.png")
+    add("--validate-every", type=int, default=10, help="steps between validations")
+    return parser, parser.parse_args()
+
+
+def main():
+    parser, args = parse_args()
     args.out = args.out or f"runs/{args.task}"
-    return args
+    if WORLD_SIZE > 1:
+        distributed.init_process_group("gloo")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        train(args)
+    except InputError as error:
+        parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: lower --tokens-per-microbatch or "
+                     "--gpu-memory-utilization; --resume goes on.")
+    except KeyboardInterrupt:
+        print(f"interrupted: --resume goes on with what {args.out} holds", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if WORLD_SIZE > 1:
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    exit_with(lambda: train(parse_args()))
+    main()

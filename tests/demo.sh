@@ -3,7 +3,7 @@
 #   bash tests/demo.sh [gsm8k | gpqa | toolmind] [more flags of art.py, for instance --max-change 32]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash tests/setup.sh
+bash tests/cpu/setup.sh
 export TORCH_CPP_LOG_LEVEL=ERROR
 task=${1:-gsm8k}
 case $task in gpqa) kind=csv ;; *) kind=jsonl ;; esac

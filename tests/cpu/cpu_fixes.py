@@ -1,4 +1,4 @@
-"""What vLLM's CPU package needs on some machines. tests/setup.sh puts this file into the virtual environment, with a line that
+"""What vLLM's CPU package needs on some machines. tests/cpu/setup.sh puts this file into the virtual environment, with a line that
 calls `on_import` at each start of Python for each of the two that is needed there."""
 
 import importlib
