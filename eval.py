@@ -29,6 +29,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
@@ -36,14 +37,13 @@ from typing import Callable
 from urllib.parse import urlsplit
 
 import numpy as np
+import pandas
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-
 class InputError(Exception):
-    """A wrong input. The message is one sentence: what was given, what is wrong, what would work."""
-
+    """A wrong input. The message is one sentence: what was given, what is wrong, what to do."""
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
@@ -53,92 +53,71 @@ def first_line(error):
 # Data: rows of a benchmark, from the hub or from a local file in the benchmark's own schema
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
+REMEDY = ("correct the name, connect to the Hugging Face hub, set HF_TOKEN if it is gated (ask for "
+          "access on its page there), or give a local path")
 
 def read_rows(hub, split, data=None):
-    """Rows of a data set on the hub, downloaded once, or of the local file `data`. Raises InputError.
-
-    `hub` is "repository:configuration" or "repository:file". Nested columns of JSON come out as they
-    are written; in CSV and Parquet they must be JSON text.
-    """
+    """Rows of a data set on the hub ("repository:configuration" or "repository:file"), downloaded
+    once, or of the local file `data`. Nested columns of JSON come out as they are written; in CSV
+    and Parquet they must be JSON text. Raises InputError."""
     import datasets
     repository, _, part = hub.partition(":")
-    options = {"path": repository, "name": part, "split": split}
-    if part.endswith(".jsonl"):
-        options = {"path": repository, "data_files": part, "split": split}
+    options = {"path": repository, "split": split}
+    options["data_files" if part.endswith(".jsonl") else "name"] = part
     if data:
-        datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         reader = READERS.get(Path(data).suffix.lower())
         if reader is None or not os.path.isfile(data):
             raise InputError(f"--data {data}: there is no such {', '.join(READERS)} file.")
-        options = {"path": reader, "data_files": str(data), "split": "train"}
-        if reader == "csv":
-            options["keep_default_na"] = False                  # "None" is an answer, too
+        options = {"path": reader, "split": "train", "data_files": str(data)}
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if str(options.get("data_files")).lower().endswith((".json", ".jsonl")):
             # As structs of Arrow, all values of a column would get the same keys.
             columns = next(iter(datasets.load_dataset(**options, streaming=True)), {})
             options["features"] = datasets.Features({name: datasets.Json() for name in columns})
         return datasets.load_dataset(**options)
-    except Exception as error:              # pyarrow, pandas, datasets and the hub raise many kinds
-        if not data:
-            raise hub_error(repository, error) from error
+    except Exception as error:                          # pyarrow, pandas and the hub raise anything
         reason = first_line(error.__cause__ or error)
-        raise InputError(f"--data {data}: it cannot be read as {reader} ({reason}).") from error
-
-
-def hub_error(name, error):
-    """The InputError for what the Hugging Face hub's client raised while `name` was fetched."""
-    if "gated" in f"{error!r} {error.__cause__!r} {error.__context__!r}".lower():
-        return InputError(f"{name} is gated: ask for access on its page on the Hugging Face hub, "
-                          "then set HF_TOKEN.")
-    return InputError(f"{name} is no local path and could not be fetched from the Hugging Face hub "
-                      f"({first_line(error)}): correct the name, connect, or give local files.")
-
+        if data:
+            raise InputError(f"--data {data}: it cannot be read as {reader} ({reason}).") from error
+        raise InputError(f"{repository} cannot be read ({reason}): {REMEDY}.") from error
 
 def key_hash(text):
     """A number in [0, 1) that depends on `text` alone: splits survive any order of the rows."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
-
 @dataclass(frozen=True)
 class Task:
-    """One benchmark: where it is, how a row becomes an example, how a completion is judged.
+    """One benchmark.
 
     example(row)          -> {"key", "messages", "tools", "target"}; None or an error leaves it out.
                              Rows of one key never cross a split; the messages hold no image.
     answer(example, text) -> what is read from a completion, comparable with `target`, or None
-    shaped_reward         -> (example, text) -> training reward, at most 0.5 if wrong; None: score
+    reward(example, text) -> training reward in [0, 1], 1 only for the right answer
     divide(examples, split, name) -> the split's share of the file `name`, if it is published whole
     """
     hub: str
-    columns: tuple[str, ...]
     example: Callable
     answer: Callable
-    shaped_reward: Callable | None = None
+    reward: Callable
     paper_answer: Callable | None = None                # `answer` by the authors' published rule
     divide: Callable | None = None
 
     def load(self, split, data=None, limit=None):
-        """Examples of `split` ("train" or "test"), from the hub or a local file. Raises InputError.
-
-        A local file is used whole, unless it has the name of a file of the hub that needs dividing.
-        """
+        """Examples of `split` ("train" or "test"). A local file is used whole, unless it has the
+        name of the hub's file that needs dividing. Raises InputError."""
         rows = read_rows(self.hub, "train" if self.divide else split, data)
-        source = f"--data {data}" if data else self.hub
-        missing = set(self.columns) - set(rows.column_names)
-        if missing:
-            raise InputError(f"{source}: it lacks the columns {', '.join(sorted(missing))} (it has "
-                             f"{', '.join(rows.column_names)}).")
         examples = filter(None, map(self.usable, rows))
         if self.divide:
             examples = self.divide(examples, split, Path(data or self.hub).stem.split(":")[-1])
         examples = list(islice(examples, limit))
-        print(f"{source}: {len(examples)} of {len(rows)} rows, {split} split", file=sys.stderr)
+        source = f"--data {data}" if data else self.hub
         if not examples:
-            raise InputError(f"{source}: no row of it is an example of the {split} split.")
+            raise InputError(f"{source}: none of its {len(rows)} rows, which have the columns "
+                             f"{', '.join(rows.column_names)}, is as those of {self.hub}.")
+        print(f"{source}: {len(examples)} of {len(rows)} rows, {split} split", file=sys.stderr)
         return examples
 
     def usable(self, row):
@@ -151,20 +130,13 @@ class Task:
         """1.0 if the completion's answer equals the target, else 0.0: strict, what is reported."""
         return float(self.answer(example, text) == example["target"])
 
-    def reward(self, example, text):
-        """The training reward in [0, 1]."""
-        return (self.shaped_reward or self.score)(example, text)
-
-
 def user_turn(text):
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
-
 def without_thought(text):
     """What stands after the last </think>; a thought that was cut off hides all after its start."""
-    text = text.strip().removesuffix("</think>")            # closed once too often, after the answer
+    text = text.strip().removesuffix("</think>")        # closed once too often, after the answer
     return text.rpartition("</think>")[2].partition("<think>")[0]
-
 
 ANSWER_MARK = re.compile(r"""
     (?<![a-z]) (?: answers? | correct\ (?:option|choice) )
@@ -172,10 +144,8 @@ ANSWER_MARK = re.compile(r"""
       | [^\n:\uff1a=.?!\d]{0,20}?                       # "answer in dollars: 18"
         (?: \b(?:is|are|(?:should|must|would)\ be)\b | [:\uff1a=] )
       | > )                                             # <answer>18</answer>
-    | \\boxed\s*\{
-    | \#{4}(?=\s*[-$\d.])                               # as in GSM8K's own solutions
+    | \\boxed\s*\{ | \#{4}(?=\s*[-$\d.])                # #### as in GSM8K's own solutions
     """, re.IGNORECASE | re.VERBOSE)
-
 
 def answer_lines(text):
     r"""Yield what follows each "Answer:", "answer is", "\boxed{" or "####", last first: the rest of
@@ -197,18 +167,16 @@ def answer_lines(text):
 # --------------------------------------------------------------------------------------------------
 # GSM8K. An answer is what follows the last "Answer:" (or "answer is", "\boxed{", "####"), up to the
 # full stop behind its number and from its last "=", "is" or ": " behind which a single number
-# stands. Brackets behind a number, what follows "not", numbers in words (20-year) and, beside
-# another number, one behind a preposition (in 5 years, of the 4 friends) say nothing. Right is the
-# one number that is left, if it equals the reference; two (18 or 20, 3 x 6, 5 dollars and 50 cents)
-# are no answer.
+# stands. Brackets behind a number, what follows "not" or "because", numbers in words (20-year) and,
+# beside another one, a number behind a preposition (in 5 years) say nothing. Right is the one
+# number that is left, if it is the reference; two (18 or 20, 3 x 6, 5 dollars and 50 cents) are none.
 
 NUMBER = re.compile(r"""
     (?P<aside> \b(?:in|of|for|per|after|every|each)\s+(?:(?:the|all|his|her|their|its)\s+)? )?
     (?P<sign> (?<![\w)])[-\u2212]\s? )?                             # -7, - 7; but not 18-20
     (?P<whole> \d{1,3}(?:[,'\u2019_\u00a0\u2009\u202f]\d{3}|\ \d{3}(?![-/]))+(?!\d)    # 1,080
       | \d{1,2}(?:,\d\d)+,\d{3}(?!\d)                               # 1,00,000 as in India
-      | \d{1,400}
-      | (?=(?<![\w.])\.\d) )                                        # .5
+      | \d{1,400} | (?=(?<![\w.])\.\d) )                            # 18, .5
     (?P<decimals> \.\d{1,400} )?
     (?: \s?/\s?(?P<below>[1-9]\d{0,399})                            # 5/2
       | \s(?P<over>\d{1,9})/(?P<under>[1-9]\d{0,8}) )?              # 2 1/2
@@ -218,14 +186,12 @@ NUMBER = re.compile(r"""
 UNITS = {"k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 SIGNS = str.maketrans({"\xb2": "^2", "\xb3": "^3", "\xbc": " 1/4", "\xbd": " 1/2", "\xbe": " 3/4"})
 
-
 def gsm8k_example(row):
-    question, (_, mark, target) = row["question"].strip(), row["answer"].rpartition("####")
-    target = gsm8k_answer(None, "Answer:" + target) if mark else None
-    messages = user_turn(f"{question}\n\nEnd your response with: Answer: <number>")
-    example = {"key": row["question"], "messages": messages, "tools": None, "target": target}
-    return None if target is None else example
-
+    target = gsm8k_answer(None, "Answer:" + row["answer"].rpartition("####")[2])
+    if "####" not in row["answer"] or target is None:
+        return None
+    prompt = f"{row['question'].strip()}\n\nEnd your response with: Answer: <number>"
+    return {"key": row["question"], "messages": user_turn(prompt), "tools": None, "target": target}
 
 def gsm8k_answer(example, text):
     """The answer as a Fraction, by the rule above; None if there is none."""
@@ -233,25 +199,24 @@ def gsm8k_answer(example, text):
         line = re.sub(r"(\d[^.!?]*)[.!?]\s.*", r"\1", line.translate(SIGNS))    # 18. Check: 9 * 2
         line = re.sub(r"(\d(?:[^()]*\w)?)\s+\((?!or\b)[^()]*\)?", r"\1", line)  # 18 (eggs)
         line = re.sub(r"(?:\bnot\b|n't\b)[^,]*|\bbecause\b.*", "", line)
-        numbers = []
         for part in reversed(re.split(r"[=\u2248]|\b(?:is|are)\b|:\s", line)):
             found = list(NUMBER.finditer(part))
-            numbers = [n for n in found if not n["aside"]] or found
+            numbers = [number for number in found if not number["aside"]] or found
             if len(numbers) == 1:
                 return number_value(numbers[0])
         if NUMBER.search(line):
             return None
 
-
 def number_value(match):
     """The Fraction that a match of NUMBER stands for."""
     digits = re.sub(r"\D", "", match["whole"]) or "0"
     value = Fraction(digits + (match["decimals"] or "")) / int(match["below"] or 1)
-    if match["over"]:
-        value += Fraction(int(match["over"]), int(match["under"]))
+    value += Fraction(int(match["over"] or 0), int(match["under"] or 1))
     value *= UNITS[match["unit"].lower()] if match["unit"] else 1
     return -value if match["sign"] else value
 
+def gsm8k_reward(example, text):
+    return float(gsm8k_answer(example, text) == example["target"])      # binary, as in the paper
 
 def gsm8k_paper_answer(text):
     """The answer by the rule that made the paper's GSM8K figures, in their repository: behind the
@@ -270,35 +235,31 @@ def gsm8k_paper_answer(text):
 # behind "not"; letters in an option's text that is repeated do not count. The option's text without
 # its letter is none, as the prompt asks for the letter.
 
-BRACKETED = r"\(\s?[A-Da-d]\s?\)(?!-)"                                  # but not (D)-glucose
-BARE = r"(?:A(?!\s[a-z])|[B-D])\b(?![-+=^(\u2013\u2019\u2212\u2261]\w)"     # but not "A photon", B12
+BRACKETED = r"\(\s?[A-Da-d]\s?\)(?!-)"                                      # not (D)-glucose
+BARE = r"(?:A(?!\s[a-z])|[B-D])\b(?![-+=^(\u2013\u2019\u2212\u2261]\w)"     # not "A photon", B12
 LETTER = rf"(?:{BRACKETED}|\[[A-Da-d]\]|{BARE})"
 LEADING = re.compile(rf"\W*(?:(?:option|choice|letter)\W*)?({LETTER})|\W*([a-d])\W*$")
-JOINED = re.compile(rf"(?:{BRACKETED}|^\W*{LETTER})\s*(?:(?:[,/&+]|or|and)\s*)+(?:maybe\s)?{LETTER}")
-DENIED = re.compile(rf"""
-    (?: \b(?:not|neither|nor|unlike|than|instead\ of) | n't ) \s+ (?:option\s+)? {LETTER}
-    | {LETTER} \W* (?:is|are)\s(?:wrong|incorrect|not)\b
-    """, re.VERBOSE)
+JOINED = re.compile(rf"(?:{BRACKETED}|^\W*{LETTER})\s*"
+                    rf"(?:(?:[,/&+]|or|and)\s*)+(?:maybe\s)?{LETTER}")
+DENIED = re.compile(rf"(?:\b(?:not|neither|nor|unlike|than|instead of)|n't)\s(?:option\s)?{LETTER}"
+                    rf"|{LETTER}\W*(?:is|are)\s(?:wrong|incorrect|not)\b")
 BECAUSE = re.compile(r"[.;]\s|\b(?:because|since|(?<!well )as(?! well)|while|whereas|which)\b")
 IS_CORRECT = re.compile(rf"({LETTER}) is (?:the )?(?:correct|right|best) (?:answer|option|choice)")
 GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
-
 def gpqa_example(row):
     order = sorted(range(4), key=lambda i: key_hash(f"{row['Record ID']} {i}"))     # 0 is right
-    lines = [row["Question"].strip(), ""]
-    for letter, i in zip("ABCD", order):
-        lines.append(f"({letter}) {str(row[GPQA_CHOICES[i]]).strip()}")
-    lines += ["", "End your response with: The correct answer is (X)"]
-    return {"key": row["Record ID"], "messages": user_turn("\n".join(lines)), "tools": None,
+    choices = [f"({letter}) {str(row[GPQA_CHOICES[i]]).strip()}"
+               for letter, i in zip("ABCD", order)]
+    ending = "End your response with: The correct answer is (X)"
+    prompt = "\n\n".join([row["Question"].strip(), "\n".join(choices), ending])
+    return {"key": row["Record ID"], "messages": user_turn(prompt), "tools": None,
             "target": "ABCD"[order.index(0)]}
-
 
 def gpqa_answer(example, text):
     """The letter of the last answer, by the rule above; None if there is none or more than one."""
     for line in answer_lines(text):
-        line = re.sub(r"[*_]", "", line)
-        claim = BECAUSE.split(line)[0]
+        claim = BECAUSE.split(re.sub(r"[*_]", "", line))[0]
         kept = DENIED.sub("", claim)                                    # "not (A) but (B)"
         found = re.findall(rf"(?<!\w){BRACKETED}", kept)
         if not found and (leading := LEADING.match(kept)):
@@ -310,27 +271,18 @@ def gpqa_answer(example, text):
     found = IS_CORRECT.findall(text) or re.findall(r"^\W*([A-D])\W*$", text.rpartition("\n")[2])
     return re.sub(r"\W", "", found[-1]).upper() if found else None
 
-
 def gpqa_reward(example, text):
     """1 for the right letter, 0.1 for another one. (The paper's shaping is not known.)"""
     answer = gpqa_answer(example, text)
     return 1.0 if answer == example["target"] else 0.1 if answer else 0.0
 
-
 def gpqa_halves(examples, split, name):
-    """Half of the records by their ids' hashes: of gpqa_extended's 546, 273 are held out.
-
-    Only the whole file shows the middle hash. Of gpqa_main and gpqa_diamond, its parts, a record is
-    used if its hash is clear of every middle that 546 ids may have.
-    """
-    if name not in ("gpqa_extended", "gpqa_main", "gpqa_diamond"):
+    """Half of gpqa_extended's 546 records by their ids' hashes: 273 held out, as in the paper."""
+    if name != "gpqa_extended":
         return examples
     examples = sorted(examples, key=lambda example: key_hash(example["key"]))
-    low, high = 0.4, 0.6                                        # 4.7 standard deviations each
-    if name == "gpqa_extended" and examples:
-        low = high = key_hash(examples[len(examples) // 2]["key"])
-    return [example for example in examples
-            if (key_hash(example["key"]) < low if split == "test" else key_hash(example["key"]) >= high)]
+    middle = len(examples) // 2
+    return examples[:middle] if split == "test" else examples[middle:]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,18 +291,6 @@ def gpqa_halves(examples, split, name):
 # same name and arguments: none more, none less, be it optional. The tool's schema decides whether
 # "5" is a text; elsewhere "5" is 5 and 1 is 1.0. Lists keep their order; text counts to the letter.
 
-
-
-def text_of(content):
-    """The text of a message's `content`: a string, a list of parts or of tool results, or None."""
-    texts = []
-    for part in content if isinstance(content, list) else [content or ""]:
-        if isinstance(part, dict) and "text" in part:
-            part = part["text"] or ""
-        texts.append(part if isinstance(part, str) else json.dumps(part))
-    return "\n".join(texts)
-
-
 def parsed(value):
     """`value` if it is no string, else what it holds as JSON, else the string itself."""
     try:
@@ -358,13 +298,15 @@ def parsed(value):
     except (ValueError, RecursionError):
         return value
 
+def text_of(content):
+    """The text of a message's `content`: a string, a list of parts or of tool results, or None."""
+    parts = content if isinstance(content, list) else [content or ""]
+    parts = [part.get("text", part) if isinstance(part, dict) else part for part in parts]
+    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)
 
 def tool_schema(tool):
-    """A tool as chat templates expect it, whatever way its parameters were written down.
-
-    The keys stand in the order in which vLLM's server hands them to the template: some templates
-    print them.
-    """
+    """A tool as chat templates expect it, however its parameters were written down; with its keys in
+    the order of vLLM's server, as some templates print them."""
     function = tool.get("function") or tool
     schema = function.get("parameters") or function.get("arguments")
     schema = schema if isinstance(schema, dict) else {}
@@ -375,18 +317,12 @@ def tool_schema(tool):
         schema = {"type": "object", "properties": properties}
     return {"type": "function",
             "function": {"name": str(function["name"]),
-                         "description": function.get("description") or "",
-                         "parameters": schema}}
-
+                         "description": function.get("description") or "", "parameters": schema}}
 
 def calls_of(turn):
     """The calls [(name, arguments)] of a turn. Raises ValueError where arguments are no object."""
-    calls = []
-    for call in parsed(turn.get("tool_calls")) or []:
-        function = call.get("function") or call
-        calls.append((function["name"], dict(parsed(function.get("arguments")) or {})))
-    return calls
-
+    functions = [call.get("function") or call for call in parsed(turn.get("tool_calls")) or []]
+    return [(call["name"], dict(parsed(call.get("arguments")) or {})) for call in functions]
 
 def toolmind_example(row):
     *history, target = parsed(row["conversations"])
@@ -395,64 +331,55 @@ def toolmind_example(row):
         return None                                     # chat templates refuse the former
     messages, ids = [], []
     for i, turn in enumerate(history):
-        text = text_of(turn.get("content"))
-        text = (without_thought(text) if turn["role"] == "assistant" else text).strip()
-        message = {"role": turn["role"], "content": [{"type": "text", "text": text}] if text else []}
+        text = text_of(turn.get("content")).strip()
+        if turn["role"] == "assistant":
+            text = without_thought(text).strip()
+        message = {"role": turn["role"], "content": user_turn(text)[0]["content"] if text else []}
         if turn["role"] == "tool":
             message["tool_call_id"] = ids.pop(0) if ids else "call00000"
         if calls := calls_of(turn):
             ids = [f"call{i:02}{j:03}" for j in range(len(calls))]
-            message["tool_calls"] = [
-                {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-                for call_id, (name, arguments) in zip(ids, calls)]
+            functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+            message["tool_calls"] = [{"id": call_id, "type": "function", "function": function}
+                                     for call_id, function in zip(ids, functions)]
         messages.append(message)
     tools = [tool_schema(tool) for tool in parsed(row["tools"])]
     return {"key": text_of(history[roles.index("user")].get("content")), "messages": messages,
             "tools": tools, "target": comparable(calls_of(target), tools)}
 
-
 def canonical(value, schema):
-    """A tool argument in comparable form. The schema says whether "5" is a text; 1 is 1.0."""
+    """A tool argument in comparable form. The schema says whether "5" is a text; 1.0 is 1."""
     schema = schema if isinstance(schema, dict) else {}
     for branch in schema.get("anyOf") or schema.get("oneOf") or ():
-        if isinstance(branch, dict) and branch.get("type") != "null":
+        if branch.get("type") != "null":
             return canonical(value, branch)
+    inner = parsed({"True": "true", "False": "false", "None": "null"}.get(value, value)
+                   if isinstance(value, str) else value)
     is_text = re.match(r"(\[.*')?str(ing)?\b", str(schema.get("type")), re.IGNORECASE)   # or a list
-    if is_text and value not in (None, "None", "null"):
-        inner = parsed(value)
-        if isinstance(value, str) and not isinstance(inner, (dict, list)):
-            return value
-        return json.dumps(inner, sort_keys=True, ensure_ascii=False)
-    if isinstance(value, str):
-        value = {"True": True, "False": False, "None": None}.get(value, parsed(value))
-    if isinstance(value, dict):
-        properties = schema.get("properties")
-        properties = properties if isinstance(properties, dict) else {}
-        other = schema.get("additionalProperties")
-        return tuple(sorted((name, canonical(v, properties.get(name, other)))
-                            for name, v in value.items()))
-    if isinstance(value, list):
-        return ("list", *(canonical(item, schema.get("items")) for item in value))
-    return repr(value) if isinstance(value, bool) or value is None else value
-
+    if is_text and inner is not None:
+        is_plain = isinstance(value, str) and not isinstance(inner, (dict, list))
+        return value if is_plain else json.dumps(inner, sort_keys=True)
+    if isinstance(inner, dict):
+        properties, other = schema.get("properties") or {}, schema.get("additionalProperties")
+        return {name: canonical(item, properties.get(name, other)) for name, item in inner.items()}
+    if isinstance(inner, list):
+        return [canonical(item, schema.get("items")) for item in inner]
+    return int(inner) if isinstance(inner, float) and inner.is_integer() else inner
 
 def comparable(calls, tools):
     """Calls [(name, arguments)] as a multiset; equal to another if both ask for the same."""
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-    return Counter((name, canonical(arguments, schemas.get(name))) for name, arguments in calls)
-
+    return Counter((name, json.dumps(canonical(arguments, schemas.get(name)), sort_keys=True))
+                   for name, arguments in calls)
 
 CALL = re.compile(r"<tool_call>\s*(?:<function=([^<>]+)>)?")
 PARAMETER = re.compile(r"\s*<parameter=([^<>]+)>\n?(.*?)\n?</parameter>(?=\s*</?[pf])", re.DOTALL)
 CALL_END = re.compile(r"\s*(</function>\s*)?</tool_call>")
 
-
 def read_calls(text):
-    """The calls [(name, arguments)] in a completion. Raises ValueError if one is unreadable.
-
-    Each is read from its start to its end: no delimiter is looked for inside of an argument.
-    """
-    while text.lstrip().startswith("<think>"):              # calls in a thought are none
+    """The calls [(name, arguments)] in a completion, each read from its start to its end: no
+    delimiter is looked for in an argument. Raises ValueError if one is unreadable."""
+    while text.lstrip().startswith("<think>"):          # calls in a thought are none
         text = text.partition("</think>")[2]
     calls, position = [], 0
     while start := CALL.search(text, position):
@@ -466,61 +393,46 @@ def read_calls(text):
             call, position = json.JSONDecoder().raw_decode(text, position)
             if not isinstance(call, dict) or "parameters" in call:
                 raise ValueError("no call")
-            name, arguments = call.get("name"), parsed(call.get("arguments")) or {}
+            name, arguments = call.get("name"), dict(parsed(call.get("arguments")) or {})
         end = CALL_END.match(text, position)
-        if not end or bool(end[1]) != bool(start[1]):
-            raise ValueError("not closed")
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            raise ValueError("no name or no arguments")
+        if not end or bool(end[1]) != bool(start[1]) or not isinstance(name, str):
+            raise ValueError("not closed, or no name")
         calls.append((name, arguments))
         position = end.end()
     return calls
-
 
 def toolmind_answer(example, text):
     """The calls as a multiset; None if there is none or one is unreadable."""
     try:
         return comparable(read_calls(text), example["tools"]) or None
-    except (ValueError, RecursionError):                    # brackets in brackets in brackets
+    except (ValueError, RecursionError):                # brackets in brackets in brackets
         return None
 
-
 def toolmind_reward(example, text):
-    """1 for the exact calls; 0.1 for readable ones, 0.2 more for the right tools, up to 0.2 more for
-    right arguments. (The paper's shaping is not known.)"""
+    """1 for the exact calls, 0.3 for the right tools, 0.1 for readable calls: the paper's shaping is
+    not known."""
     answer, target = toolmind_answer(example, text), example["target"]
     if not answer or answer == target:
         return float(answer == target)
-    names, right_names = (sorted(name for name, _ in calls.elements()) for calls in (answer, target))
-    if names != right_names:
-        return 0.1
-    pairs, right_pairs = (Counter((name, argument) for name, arguments in calls.elements()
-                                  for argument in arguments) for calls in (answer, target))
-    most = max(1, pairs.total(), right_pairs.total())
-    return 0.3 + 0.2 * (pairs & right_pairs).total() / most
-
+    names = [sorted(name for name, _ in calls.elements()) for calls in (answer, target)]
+    return 0.3 if names[0] == names[1] else 0.1
 
 def toolmind_share(examples, split, name):
-    """Conversations whose first user message hashes into 1 % are held out for the test split.
-
-    Of each split the rows with the smallest hashes are used, the smallest first: 2,000 to test, as
-    many as in the paper, and a sample of 8,192 to train.
-    """
+    """Conversations whose first user message hashes into 1 % are held out. Of each split the rows
+    of the smallest hashes are used, in their order: 2,000 to test, as in the paper, 8,192 to train."""
     if name != "graphsyn":
         return examples
     own = (e for e in examples if (key_hash(e["key"]) < 0.01) == (split == "test"))
     most = 2000 if split == "test" else 8192
     return nsmallest(most, own, key=lambda e: key_hash(str(e["messages"])))
 
-
 TASKS = {
-    "gsm8k": Task("openai/gsm8k:main", ("question", "answer"), gsm8k_example, gsm8k_answer,
-                  paper_answer=gsm8k_paper_answer),
-    "gpqa": Task("Idavidrein/gpqa:gpqa_extended", ("Record ID", "Question", *GPQA_CHOICES),
-                 gpqa_example, gpqa_answer, gpqa_reward, divide=gpqa_halves),
-    "toolmind": Task("Nanbeige/ToolMind:graph_syn_datasets/graphsyn.jsonl",
-                     ("conversations", "tools"), toolmind_example, toolmind_answer,
-                     toolmind_reward, divide=toolmind_share),
+    "gsm8k": Task("openai/gsm8k:main", gsm8k_example, gsm8k_answer, gsm8k_reward,
+                  gsm8k_paper_answer),
+    "gpqa": Task("Idavidrein/gpqa:gpqa_extended", gpqa_example, gpqa_answer, gpqa_reward,
+                 divide=gpqa_halves),
+    "toolmind": Task("Nanbeige/ToolMind:graph_syn_datasets/graphsyn.jsonl", toolmind_example,
+                     toolmind_answer, toolmind_reward, divide=toolmind_share),
 }
 
 
@@ -528,27 +440,25 @@ TASKS = {
 # Pictures
 
 def open_picture(path):
-    """Any picture file as an RGB PIL image, rotated as its EXIF says, transparency on mid-grey.
-
-    Raises InputError.
-    """
+    """Any picture file as an RGB PIL image, rotated as its EXIF says, on mid-grey where it is
+    transparent. Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: there is no such picture file.")
     try:
         picture = ImageOps.exif_transpose(Image.open(path))
-        if picture.mode.startswith("I;16"):                 # 16-bit grey, which PIL would clip
+        if picture.mode.startswith("I;16"):             # 16-bit grey, which PIL would clip
             values, clear = np.asarray(picture), picture.info.get("transparency")
             picture = Image.fromarray((values / 257).round().astype(np.uint8))
             if clear is not None:
-                picture.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+                alpha = np.where(values == clear, 0, 255).astype(np.uint8)
+                picture.putalpha(Image.fromarray(alpha))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             grey = Image.new("RGBA", picture.size, (128, 128, 128, 255))
             picture = Image.alpha_composite(grey, picture)
         return picture.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: it cannot be read as a picture ({first_line(error)}).") from error
-
+        raise InputError(f"{path}: it is no readable picture ({first_line(error)}).") from error
 
 def png_bytes(picture, notes={}):
     """A PNG file with `notes` in its text chunks; without, the losslessly compressed pixels alone,
@@ -558,7 +468,6 @@ def png_bytes(picture, notes={}):
         chunks.add_text(keyword, str(text))
     picture.save(buffer := io.BytesIO(), "PNG", optimize=True, pnginfo=chunks)
     return buffer.getvalue()
-
 
 def random_picture(width, height, *rng):
     """A picture of independent, uniformly random 8-bit values."""
@@ -573,23 +482,20 @@ IMAGE = {"type": "image"}
 # A chat template writes the special tokens itself; the tokenizer must not add a second <bos>.
 TEMPLATED = {"add_special_tokens": False}
 
-
 def load_processor(model):
     """The processor of `model`, a hub name or a folder. Raises InputError if it takes no image."""
     from transformers import AutoConfig, AutoProcessor, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        AutoConfig.from_pretrained(model)       # a single file, which fails soon where there is no hub
+        AutoConfig.from_pretrained(model)               # one file: fails soon where there is no hub
         processor = AutoProcessor.from_pretrained(model)
-    except Exception as error:                  # a broken folder makes transformers raise anything
-        if not os.path.exists(model):
-            raise hub_error(f"--model {model}", error) from error
-        raise InputError(f"--model {model}: it cannot be loaded ({first_line(error)}).") from error
+    except Exception as error:                          # a broken folder makes it raise anything
+        reason = first_line(error)
+        raise InputError(f"--model {model} cannot be loaded ({reason}): {REMEDY}.") from error
     if getattr(processor, "image_processor", None) is None:
-        raise InputError(f"--model {model}: it has no image processor; ART needs one.")
+        raise InputError(f"--model {model} has no image processor, which ART needs.")
     return processor
-
 
 def behind(part, example):
     """A copy of an example with `part`, IMAGE or a text, at the start of the first user turn."""
@@ -598,12 +504,11 @@ def behind(part, example):
     first["content"] = [part, *first["content"]]
     return {**example, "messages": messages}
 
-
 def render(processor, example):
     """The chat template's text, with the image's placeholder, up to where the answer begins."""
-    return processor.apply_chat_template(example["messages"], tools=example["tools"], tokenize=False,
-                                         add_generation_prompt=True, enable_thinking=False)
-
+    return processor.apply_chat_template(
+        example["messages"], tools=example["tools"], tokenize=False, add_generation_prompt=True,
+        enable_thinking=False)
 
 def model_inputs(processor, text, image=None):
     """The processor's tensors for a rendered prompt and its image: None, PIL, or a float tensor
@@ -611,18 +516,16 @@ def model_inputs(processor, text, image=None):
     images = None if image is None else [image]
     return processor(text=[text], images=images, return_tensors="pt", **TEMPLATED)
 
-
 def count_tokens(processor, example, image=None):
     """Tokens of an example's prompt, the image's included."""
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
-
-def fitting(processor, examples, max_tokens, first_tokens):
-    """The examples whose prompts have at most `max_tokens` tokens, if the first one's has, picture or
-    string included, `first_tokens`; says how many are left out. Raises InputError if none is left."""
+def fitting(processor, examples, max_tokens, first_requests):
+    """The examples whose prompts have at most `max_tokens` tokens, with what the longest of the first
+    one's requests adds to it; says how many are left out. Raises InputError if all are."""
     tokens = [count_tokens(processor, example) for example in examples]
-    most = max_tokens - (first_tokens - tokens[0]) - 2      # a string's ends may merge otherwise
-    kept = [example for example, count in zip(examples, tokens) if count <= most]
+    more = max(count_tokens(processor, *request) for request in first_requests) - tokens[0]
+    kept = [e for e, count in zip(examples, tokens) if count + more + 2 <= max_tokens]   # +2: a merge
     if len(kept) < len(examples):
         print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: longer than "
               f"{max_tokens} tokens, --max-model-len less --max-new-tokens", file=sys.stderr)
@@ -630,28 +533,22 @@ def fitting(processor, examples, max_tokens, first_tokens):
         raise InputError("--max-model-len: every prompt is longer; raise it.")
     return kept
 
-
 def is_resized(processor, width, height):
-    """Whether the processor scales, or refuses, pictures of this size.
-
-    What it scales it rounds in 8-bit pictures only: the same values as floats come out otherwise.
-    """
+    """Whether the processor scales, or refuses, pictures of this size. What it scales it rounds,
+    in 8-bit pictures only: the same values as floats come out otherwise."""
     import torch
     picture = random_picture(width, height)
     floats = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
     text = render(processor, behind(IMAGE, {"messages": user_turn(""), "tools": None}))
     try:
-        values = [model_inputs(processor, text, image)["pixel_values"] for image in (picture, floats)]
-    except (ValueError, RuntimeError):                      # no whole number of patches
+        inputs = [model_inputs(processor, text, image) for image in (picture, floats)]
+        return not torch.equal(inputs[0]["pixel_values"], inputs[1]["pixel_values"])
+    except (ValueError, RuntimeError):                  # no whole number of patches
         return True
-    return not torch.equal(*values)
-
 
 def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, rng=0):
-    """A vLLM engine for one image a prompt, on the GPU or, with a CPU build of vLLM, on the CPU.
-
-    Where torch.distributed is set up, each of its ranks gets one. Raises InputError.
-    """
+    """A vLLM engine for one image a prompt, on a GPU or, with a CPU build of vLLM, on the CPU; where
+    torch.distributed is set up, one for each rank. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
@@ -672,7 +569,7 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
         return LLM(
             model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             seed=rng, load_format="safetensors", limit_mm_per_prompt={"image": 1, "video": 0},
-            mm_processor_cache_gb=0.2,                  # each step has a new image; 4 are the default
+            mm_processor_cache_gb=0.2,                  # of 4: each step has a new image
             generation_config="vllm",                   # no sampling default of the model's own
             logprobs_mode="processed_logprobs",         # those of the tempered policy
             use_tqdm_on_load=False, **options)
@@ -685,7 +582,7 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
 # Arms: what stands before the question
 
 def arm_requests(processor, examples, arm, rng=0, size=256):
-    """[(example, PIL picture or None)] behind `arm`: a PIL picture, "none", "random", "string:N"."""
+    """[(example, PIL picture or None)] behind a PIL picture, "none", "random" or "string:N"."""
     requests = []
     for i, example in enumerate(examples):
         picture = None if isinstance(arm, str) else arm
@@ -698,7 +595,6 @@ def arm_requests(processor, examples, arm, rng=0, size=256):
             example = behind({"type": "text", "text": text + "\n\n"}, example)
         requests.append((example, picture))
     return requests
-
 
 def random_string(tokenizer, count, *rng):
     """Text of `count` random ordinary tokens that is tokenised into these again."""
@@ -718,28 +614,25 @@ def random_string(tokenizer, count, *rng):
 
 GREEDY = {"temperature": 0.0, "max_tokens": 512, "presence_penalty": 1.0, "n": 1}      # the paper's
 
-
 def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
-    """Ask vLLM in this process. Returns the samples [(text, tokens, whether the token limit ended it)]
-    for each of `arm_requests`."""
+    """Ask vLLM in this process: for each of `arm_requests` its samples, [(text, tokens, whether
+    the token limit ended it)]."""
     from vllm import SamplingParams
     prompts = []
     for example, picture in requests:
         images = {} if picture is None else {"multi_modal_data": {"image": picture}}
         prompts.append({"prompt": render(processor, example), **images})
-    outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=progress,
-                           tokenization_kwargs=TEMPLATED)
+    outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
+                           use_tqdm=progress and sys.stderr.isatty())
     return [[(sample.text, len(sample.token_ids), sample.finish_reason == "length")
              for sample in output.outputs] for output in outputs]
 
-
-REMEDIES = {"AuthenticationError": "set OPENAI_API_KEY to the key that it was started with",
+SERVER_REMEDIES = {"AuthenticationError": "set OPENAI_API_KEY to the key that it was started with",
             "APITimeoutError": "give a request more seconds with --timeout",
             "APIConnectionError": "start vllm serve, or correct the address"}
 
-
 class Server:
-    """An OpenAI-compatible server such as vLLM's, and the model that it serves. Raises InputError."""
+    """An OpenAI-compatible server such as vLLM's, and the `model` it serves. Raises InputError."""
 
     def __init__(self, url, timeout=600):
         import openai
@@ -756,24 +649,24 @@ class Server:
         try:
             return function(**options)
         except Exception as error:
-            remedy = REMEDIES.get(type(error).__name__, "look into its log")
+            remedy = SERVER_REMEDIES.get(type(error).__name__, "look into its log")
             raise InputError(f"--server {self.url}: {first_line(error)}: {remedy}.") from error
 
     def ask(self, processor, requests, sampling=GREEDY):
         """As `ask_engine`, 64 requests at a time; refuses a server that prompts in another way."""
         with ThreadPoolExecutor(64) as pool:
-            answers = pool.map(lambda request: self.ask_one(processor, *request, sampling), requests)
+            answers = pool.map(partial(self.ask_one, processor, sampling), requests)
             return list(tqdm(answers, total=len(requests), unit=" questions", disable=None))
 
-    def ask_one(self, processor, example, picture, sampling):
+    def ask_one(self, processor, sampling, request):
+        example, picture = request
         # Calls are read from the text, as in process: the server must not parse them. It would take
         # what is not said here from the model's own generation_config.
         tools = {"tools": example["tools"], "tool_choice": "none"} if example["tools"] else {}
-        response = self.call(
-            self.client.chat.completions.create, model=self.model, messages=wire(example, picture),
-            top_p=1.0, **sampling, **tools,
-            extra_body={"chat_template_kwargs": {"enable_thinking": False}, "top_k": 0, "min_p": 0.0,
-                        "repetition_penalty": 1.0})
+        more = {"chat_template_kwargs": {"enable_thinking": False}, "top_k": 0, "min_p": 0.0,
+                "repetition_penalty": 1.0}
+        response = self.call(self.client.chat.completions.create, model=self.model, top_p=1.0,
+                             messages=wire(example, picture), extra_body=more, **sampling, **tools)
         expected, found = count_tokens(processor, example, picture), response.usage.prompt_tokens
         if found != expected:
             raise InputError(f"--server {self.url}: its prompt has {found} tokens and ours "
@@ -781,16 +674,15 @@ class Server:
                              "--chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
         if any(choice.message.content is None for choice in response.choices):
-            raise InputError(f"--server {self.url}: it withholds the text of a completion: start it "
-                             "without --tool-call-parser and --reasoning-parser.")
+            raise InputError(f"--server {self.url}: it withholds the text of a completion: start "
+                             "it without --tool-call-parser and --reasoning-parser.")
         tokens = response.usage.completion_tokens / len(response.choices)
         return [(choice.message.content, tokens, choice.finish_reason == "length")
                 for choice in response.choices]
 
-
 def wire(example, picture):
-    """An example's messages as the OpenAI protocol has them: the picture is a data URL, the arguments
-    of calls are JSON text."""
+    """An example's messages as the OpenAI protocol has them: the picture as a data URL, the
+    arguments of calls as JSON text."""
     messages = json.loads(json.dumps(example["messages"]))
     for message in messages:
         if IMAGE in message["content"]:
@@ -813,66 +705,54 @@ def judge(task, example, samples):
               "score": [float(answer == example["target"]) for answer in answers],
               "readable": [answer is not None for answer in answers]}
     if task.paper_answer:
-        result["paper_score"] = [float(task.paper_answer(text) == example["target"]) for text in texts]
+        answers = [task.paper_answer(text) for text in texts]
+        result["paper_score"] = [float(answer == example["target"]) for answer in answers]
     return result
 
-
 def evaluate(llm, processor, task, examples, picture, max_new_tokens=512):
-    """Greedy completions of `examples` behind a PIL picture and their scores, as `judge` has them."""
+    """Greedy completions of `examples` behind a PIL picture, and their scores, by `judge`."""
     requests = arm_requests(processor, examples, picture)
     answers = ask_engine(llm, processor, requests, {**GREEDY, "max_tokens": max_new_tokens})
     return [judge(task, example, samples) for example, samples in zip(examples, answers)]
 
-
 def bootstrap_interval(scores, keys):
-    """Mean of `scores` (n,), and the 95 % percentile interval of 10,000 bootstrap resamples.
-
-    Rows with the same of `keys` (n,), of one conversation, are drawn together.
-    """
-    index = {}
-    cluster = [index.setdefault(key, len(index)) for key in keys]
+    """Mean of `scores` (n,), and the 95 % percentile interval of 10,000 bootstrap resamples. Rows
+    with the same of `keys` (n,), of one conversation, are drawn together."""
+    _, cluster = np.unique(keys, return_inverse=True)
     totals, sizes = np.bincount(cluster, scores), np.bincount(cluster)
     drawn = np.random.default_rng(0).integers(0, len(totals), (10_000, len(totals)))
     means = totals[drawn].sum(1) / sizes[drawn].sum(1)
     return np.mean(scores), *np.quantile(means, [0.025, 0.975])
 
+def interval(scores, keys):
+    mean, low, high = (100 * value for value in bootstrap_interval(scores, keys))
+    return f"{mean:.2f}  [{low:6.2f}, {high:6.2f}]"
 
 def report(task, arms, baseline):
-    """Print the table of a task's `arms`, {name: {"bytes": of its pixels, "results": by `judge`}},
-    and their paired differences to the arm `baseline`."""
-    keys = [row["key"] for row in arms[baseline]["results"]]
-    samples = len(arms[baseline]["results"][0]["score"])
-    by_paper = TASKS[task].paper_answer is not None
-    width = max(map(len, [*arms, f"less {baseline}"]))
-    print(f"\n{f'{task}, n = {len(keys)}':{width}}  accuracy %  95 % interval   "
-          + "paper's rule %  " * by_paper + f"pass@{samples} %  " * (samples > 1)
-          + "tokens  unreadable %  cut %  PNG bytes")
-    scores = {}
+    """Print a row for each of a task's `arms`, {name: {"bytes": of its pixels, "results": by
+    `judge`}}, with its paired difference to the arm `baseline`."""
+    rows, keys = {}, [result["key"] for result in arms[baseline]["results"]]
+    base = np.mean([result["score"] for result in arms[baseline]["results"]], axis=1)
     for name, arm in arms.items():
-        columns = {column: [row[column] for row in arm["results"]] for column in arm["results"][0]}
-        scores[name] = np.mean(columns["score"], axis=1)
-        accuracy, low, high = (100 * x for x in bootstrap_interval(scores[name], keys))
-        line = f"{name:{width}}  {accuracy:10.2f}  [{low:6.2f}, {high:6.2f}]  "
-        if by_paper:
-            line += f"{100 * np.mean(columns['paper_score']):14.2f}  "
-        if samples > 1:
-            line += f"{100 * np.mean(np.max(columns['score'], axis=1)):8.2f}  "
-        unreadable, cut = 100 - 100 * np.mean(columns["readable"]), 100 * np.mean(columns["cut"])
-        line += f"{np.mean(columns['tokens']):6.1f}  {unreadable:12.1f}  {cut:5.1f}  "
-        print(line + f"{arm['bytes'] or '-':>9}")
-    print(f"{f'less {baseline}':{width}}      points  95 % interval, paired")
-    for name in arms:
-        difference = scores[name] - scores[baseline]
-        points, low, high = (100 * x for x in bootstrap_interval(difference, keys))
-        if name != baseline:
-            print(f"{name:{width}}  {points:+10.2f}  [{low:+6.2f}, {high:+6.2f}]")
+        results = pandas.DataFrame(arm["results"])
+        scores = np.array(results["score"].tolist())                    # (questions, samples)
+        percent = {column: f"{100 * np.mean(results[column].tolist()):.1f}"
+                   for column in ("readable", "cut", "paper_score") if column in results}
+        rows[name] = {"accuracy %  [95 % interval]": interval(scores.mean(1), keys),
+                      f"less {baseline}": interval(scores.mean(1) - base, keys),
+                      "by the paper's rule %": percent.get("paper_score", "-"),
+                      f"pass@{scores.shape[1]} %": f"{100 * scores.max(1).mean():.2f}",
+                      "readable %": percent["readable"], "cut %": percent["cut"],
+                      "tokens": f"{np.mean(results['tokens'].tolist()):.1f}",
+                      "PNG bytes": arm["bytes"] or "-"}
+    print(f"\n{task}, n = {len(keys)}\n{pandas.DataFrame(rows).T.to_string()}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Files and the command line
 
 def save(data, path):
-    """Write bytes whole or not at all: no kill or full disk leaves a broken file. Raises InputError."""
+    """Write bytes whole or not at all, whatever is killed or full. Raises InputError."""
     unfinished = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
@@ -882,24 +762,19 @@ def save(data, path):
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise InputError(f"{path}: it cannot be written ({error.strerror}); what was there before is "
-                         "whole.") from error
-
+        raise InputError(f"{path} cannot be written ({error.strerror}).") from error
 
 def read_results(path):
     """What earlier calls kept in `path`: {task: {arm: its record}}. Raises InputError."""
     held = {}
     try:
-        lines = Path(path).read_text().splitlines() if path and os.path.exists(path) else []
-        for line in lines:
-            if line.endswith("}"):                          # not empty, and not cut off by a kill
+        for line in open(path) if os.path.exists(path) else ():
+            if line.endswith("}\n"):                    # not one that a kill cut off
                 record = json.loads(line)
                 held.setdefault(record["task"], {})[record["arm"]] = record
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--out {path}: it is no file of results ({first_line(error)}); name "
-                         "another.") from error
+        raise InputError(f"--out {path} is no file of results ({first_line(error)}).") from error
     return held
-
 
 def keep_result(path, line):
     """Append a line, whoever else does so at the same time. Raises InputError."""
@@ -908,8 +783,7 @@ def keep_result(path, line):
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(line)
     except OSError as error:
-        raise InputError(f"--out {path}: it cannot be written ({error.strerror}).") from error
-
+        raise InputError(f"--out {path} cannot be written ({error.strerror}).") from error
 
 def positive(text):
     """An argparse type: a whole number from 1 on."""
@@ -917,53 +791,48 @@ def positive(text):
         raise ValueError
     return int(text)
 
-
 def score_arms(args, arms, held):
     """Ask the questions of `args.task` behind the arms that `held` lacks, and add them to it."""
-    task = TASKS[args.task]
+    task, llm = TASKS[args.task], None
     server = Server(args.server, args.timeout) if args.server else None
     args.model = args.model or (server.model if server else "Qwen/Qwen3.5-0.8B")
     processor = load_processor(args.model)
+    ask_as = partial(arm_requests, processor, rng=args.rng, size=args.size)
     examples = task.load("test", args.data, args.limit)
-    firsts = [arm_requests(processor, examples[:1], arm, args.rng, args.size)[0] for arm in arms.values()]
-    longest = max(count_tokens(processor, *first) for first in firsts)
-    examples = fitting(processor, examples, args.max_model_len - args.max_new_tokens, longest)
+    examples = fitting(processor, examples, args.max_model_len - args.max_new_tokens,
+                       [ask_as(examples[:1], arm)[0] for arm in arms.values()])
     sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens,
                 "presence_penalty": args.presence_penalty, "n": args.samples}
+    questions = hashlib.sha256(repr(examples).encode()).hexdigest()[:8]
     settings = {"model": args.model, "server": args.server, **sampling, "size": args.size,
-                "rng": args.rng, "questions": hashlib.sha256(repr(examples).encode()).hexdigest()}
+                "rng": args.rng, "questions": questions}
     if any(record["settings"] != settings for record in held.values()):
         raise InputError(f"--out {args.out}: its arms were scored with other settings, or on other "
                          "questions: name another file.")
-    llm = None
     for name, arm in arms.items():
-        pixels, size = None, None
+        record = {"task": args.task, "arm": name, "settings": settings, "pixels": None, "bytes": None}
         if isinstance(arm, Image.Image):
-            shape = f"{arm.width} x {arm.height}"
-            pixels, size = hashlib.sha256(shape.encode() + arm.tobytes()).hexdigest(), len(png_bytes(arm))
+            pixels = str(arm.size).encode() + arm.tobytes()
+            record |= {"pixels": hashlib.sha256(pixels).hexdigest(), "bytes": len(png_bytes(arm))}
             if is_resized(processor, *arm.size):
-                print(f"{name}: the model's processor resizes {shape} pixels, so what is scored is "
-                      "not what the file holds", file=sys.stderr)
-        if name in held and held[name]["pixels"] == pixels:
+                print(f"{name}: the model's processor resizes it, so that other pixels are scored",
+                      file=sys.stderr)
+        if name in held and held[name]["pixels"] == record["pixels"]:
             continue
-        requests = arm_requests(processor, examples, arm, args.rng, args.size)
         if server:
-            answers = server.ask(processor, requests, sampling)
+            answers = server.ask(processor, ask_as(examples, arm), sampling)
         else:
             llm = llm or load_engine(args.model, args.max_model_len,
                                      gpu_memory_utilization=args.gpu_memory_utilization)
-            answers = ask_engine(llm, processor, requests, sampling, progress=True)
-        results = [judge(task, e, samples) for e, samples in zip(examples, answers)]
-        held[name] = {"task": args.task, "arm": name, "settings": settings, "pixels": pixels,
-                      "bytes": size, "results": results}
+            answers = ask_engine(llm, processor, ask_as(examples, arm), sampling, True)
+        results = [judge(task, example, samples) for example, samples in zip(examples, answers)]
+        held[name] = {**record, "results": results}
         if args.out:
-            keep_result(args.out, "\n" + json.dumps(held[name]))
-
+            keep_result(args.out, "\n" + json.dumps(held[name]) + "\n")
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        usage="eval.py ARM ... --task TASK [more flags: see --help]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="eval.py ARM ... --task TASK [flags]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("arms", nargs="*", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
     add("--task", choices=TASKS, help="the benchmark")
@@ -981,33 +850,29 @@ def parse_args():
     add("--size", type=positive, default=256, help="side of the `random` pictures in pixels (256)")
     add("--rng", type=int, default=0, help="random number seed of `random` and `string` (0)")
     add("--max-new-tokens", type=positive, default=512, help="a completion is cut off there (512)")
-    add("--max-model-len", type=positive, default=4096, help="most tokens of prompt and completion; "
-        "longer prompts are left out (4096)")
+    add("--max-model-len", type=positive, default=4096, help="of prompt and completion (4096)")
     add("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's share (0.9)")
     return parser, parser.parse_args()
 
-
 def main(args):
-    held, arms = read_results(args.out), {}
+    arms = {}
     for name in args.arms:
-        own = re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name)
-        arms[name] = name if own else open_picture(name)
-    if arms and not args.task:
-        raise InputError(f"--task is missing: choose among {', '.join(TASKS)}.")
+        is_picture = not re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name)
+        arms[name] = open_picture(name) if is_picture else name
+    held = read_results(args.out) if args.out else {}
+    if arms and not args.task or not arms and not held:
+        raise InputError("name a --task and arms: pictures, none, random or string:N.")
     if args.samples > 1 and not args.temperature:
         raise InputError("--samples: greedy completions are all the same; give a --temperature.")
+    if arms and args.out:
+        keep_result(args.out, "")                       # that it cannot be is said before the work
     if arms:
-        if args.out:
-            keep_result(args.out, "")           # that it cannot be written is said before the work
         score_arms(args, arms, held.setdefault(args.task, {}))
-    if not held:
-        raise InputError("no arm is given: name a picture, none, random or string:N, or an --out "
-                         "file with scores.")
     for task, records in held.items():
         baseline = args.baseline or next(iter(arms or records))
-        if args.baseline and baseline not in records:
+        if baseline not in records:
             raise InputError(f"--baseline {baseline}: it is none of the arms.")
-        print(*(f"{k} {v}" for k, v in records[baseline]["settings"].items() if v is not None), sep=", ")
+        print("\n" + str(records[baseline]["settings"]))
         report(task, records, baseline)
 
 
