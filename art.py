@@ -3,9 +3,8 @@
     python art.py --task gsm8k --seed seed.png                               # one GPU
     torchrun --nproc-per-node 4 art.py --task gsm8k --seed seed.png          # four
 
-The model stays frozen. One image stands before every question, and reinforcement learning moves its
-pixels. The result is a PNG that any vLLM serves. Method: arXiv 2606.11854, published without code.
-
+The model stays frozen; the pixels of one image, put before every question, are trained. The result
+is a PNG that any vLLM serves. Method: arXiv 2606.11854, of which no training code was published.
 One step, in the order of this file:
   1. load_seed          the picture to start from
   2. PixelLogits        the only parameter; its sigmoid, rounded to 8 bits, is the image
@@ -72,7 +71,6 @@ def logits_of(levels):
 
 class PixelLogits(nn.Module):
     """The trainable image: float32 logits (3, H, W), at first those of a uint8 seed (3, H, W)."""
-
     def __init__(self, seed, rounding="straight-through"):
         super().__init__()
         self.logits = nn.Parameter(logits_of(seed.float()))
@@ -162,13 +160,12 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
     total_tokens = total_tokens or int(mask.sum())
     advantages = advantages[:, None]                                        # (N, 1)
     ratio = torch.exp((logp - old_logp).masked_fill(~mask, 0.0))            # (N, T)
-    clipped_ratio = ratio.clamp(1 - eps_low, 1 + eps_high)
-    surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
+    surrogate = torch.min(unclipped, clipped)
     if weight is not None:
         surrogate = surrogate * weight.detach()
-    too_low = (ratio < 1 - eps_low) & (advantages < 0)
-    too_high = (ratio > 1 + eps_high) & (advantages > 0)
-    metrics = {"clip_fraction": ((too_low | too_high) & mask).sum().item() / total_tokens,
+    metrics = {"clip_fraction": ((clipped < unclipped) & mask).sum().item() / total_tokens,
                "ratio": (ratio.detach() * mask).sum().item() / total_tokens}
     return -surrogate.masked_fill(~mask, 0.0).sum() / total_tokens, metrics
 
@@ -177,9 +174,9 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 # 6. Backward through the frozen model
 #
 #   pixels -> vision tower -> image features -> prefix of prompt 1 -> its G completions -> loss
-#                                            -> prefix of prompt 2 -> its G completions -> loss
-#             once a step     ^                 once a group     ^    in micro-batches
-#                             gradients meet here                and here
+#             once a step     ^              -> prefix of prompt 2 -> its G completions -> loss
+#                             gradients         once a group     ^    in micro-batches
+#                             meet here                          and here
 #
 # The trained image stands at the front of every sequence. So what sequences share is computed once:
 # a group costs P + G*C tokens, not G*(P + C). The graph is cut at both places (`cut_graph`): the
@@ -190,7 +187,6 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 class GraphLinearAttentionLayer(LinearAttentionLayer):
     """transformers' cache layer of linear attention copies its state in place, over what the
     backward pass needs: this one assigns."""
-
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
@@ -210,8 +206,9 @@ def encode_image(model, processor, prompt, image):
     """Features of a float (3, H, W) image in [0, 255], with their graph. The model's own processor
     is differentiable and gives the PNG's values; some set their options by a prompt, any."""
     inputs = model_inputs(processor, prompt, image).to(model.device)
-    names = set(processor.image_processor.model_input_names) & set(inputs)
-    return model.get_image_features(**{name: inputs[name] for name in names}, return_dict=True)
+    names = processor.image_processor.model_input_names
+    inputs = {name: value for name, value in inputs.items() if name in names}
+    return model.get_image_features(**inputs, return_dict=True)
 
 def run_prefix(model, inputs, features):
     """Image and prompt (P tokens) through the language model, once for all completions: (what each
@@ -244,7 +241,6 @@ class TokenLogprobs(torch.autograd.Function):
     The slope of a logprob, (onehot - p) @ W / temperature, is only as large as the hidden state. It
     is kept instead of logits, `chunk` tokens at a time: those of a batch would be gigabytes.
     """
-
     @staticmethod
     def forward(ctx, hidden, targets, output, temperature=1.0, chunk=512):
         logps, slopes = [], []
@@ -304,21 +300,21 @@ def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_l
             raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
         inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "attention_mask")}
         prefix, finish_prefix = cut_graph(run_prefix(model, inputs, features))
-        # Micro-batches of neighbours in length, so that little is padded
-        order = sorted(range(len(group)), key=lambda i: len(group[i].ids))
         room = tokens_per_microbatch - len(group[0].prompt_ids)
-        size = max(1, room // max(1, len(group[order[-1]].ids)))
-        for rows in (order[i:i + size] for i in range(0, len(order), size)):
-            ids = pad([group[i].ids for i in rows], torch.long, device)                     # (N, T)
-            mask = pad([[True] * len(group[i].ids) for i in rows], torch.bool, device)
-            sampled_logp = pad([group[i].logps for i in rows], torch.float, device)
+        size = max(1, room // max(1, *(len(c.ids) for c in group)))
+        for start in range(0, len(group), size):                            # micro-batches
+            part = group[start:start + size]
+            ids = pad([c.ids for c in part], torch.long, device)                            # (N, T)
+            mask = pad([[True] * len(c.ids) for c in part], torch.bool, device)
+            sampled_logp = pad([c.logps for c in part], torch.float, device)
             logp = completion_logprobs(model, prefix, ids, mask, temperature)
             old_logp = logp.detach() if old_logps is None else old_logps[len(new_old_logps)]
             new_old_logps.append(old_logp)
             gap = (old_logp - sampled_logp).masked_fill(~mask, 0.0)         # trainer against engine
             weight = gap.exp().clamp(max=weight_cap) if weight_cap else None
-            value, found = loss(logp, old_logp, group_advantage[rows].to(device), mask,
-                                total_tokens=total_tokens, weight=weight)
+            part_advantage = group_advantage[start:start + size].to(device)
+            value, found = loss(logp, old_logp, part_advantage, mask, total_tokens=total_tokens,
+                                weight=weight)
             value.backward()
             metrics.update(found)                                           # adds
             metrics.update(loss=value.item(), entropy=-old_logp.sum().item() / total_tokens,
@@ -331,7 +327,7 @@ def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_l
 # --------------------------------------------------------------------------------------------------
 # 7. The loop, and what it needs
 
-# The processes that torchrun started, each with an engine, a frozen model and prompts of its own.
+# torchrun's processes, each with an engine, a frozen model and prompts of its own
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def gather(value):
@@ -369,7 +365,8 @@ def load_examples(args, task, processor, seed_image):
     examples = fitting(processor, examples, args.max_model_len - args.max_new_tokens,
                        [(behind(IMAGE, examples[0]), seed_image)])
     keys = sorted({example["key"] for example in examples})     # rows of one conversation share one
-    held_out = set(random.Random(0).sample(keys, min(args.validation, len(keys))))
+    random.Random(0).shuffle(keys)
+    held_out = set(keys[:args.validation])
     validation = [e for e in examples if e["key"] in held_out][:args.validation]
     training = [e for e in examples if e["key"] not in held_out]
     if len(training) < args.prompts:
@@ -401,10 +398,9 @@ def sample_groups(llm, processor, task, prompts, image, args):
             group = shares[i % WORLD_SIZE][i // WORLD_SIZE]
             scores = [task.score(example, c.text) for c in group]
             lengths = [len(c.ids) for c in group]
-            group_rewards = [task.reward(example, c.text) for c in group]
-            for j, length in enumerate(lengths):
-                group_rewards[j] += overlong_penalty(length, args.max_new_tokens,
-                                                     args.overlong_cache)
+            penalty = partial(overlong_penalty, max_length=args.max_new_tokens,
+                              cache_length=args.overlong_cache)
+            group_rewards = [task.reward(example, c.text) + penalty(len(c.ids)) for c in group]
             seen += zip(scores, group_rewards, lengths, [c.cut for c in group])
             if len(set(scores)) > 1:                    # by the score, not by the shaped reward
                 kept.append(group)
@@ -430,7 +426,7 @@ def step_pixels(pixels, optimizer, seed, metrics, args):
         pixels.bound(seed, args.max_change)
     return total
 
-# Flags that do not change what a step computes, but for rounding: a run may go on with others.
+# Flags that a run may change when it goes on: they do not change what a step computes
 FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch")
 
 def load_state(args, settings):
@@ -478,8 +474,7 @@ def finish_step(args, settings, history, pixels, optimizer, seed_image):
 def panel(seed, image):
     """Seed, image and their difference around mid-grey, side by side, as a PIL image."""
     seed, image = np.asarray(seed, dtype=int), np.asarray(image, dtype=int)
-    gap = np.full((len(seed), 8, 3), 255)
-    sheet = np.hstack([seed, gap, image, gap, 128 + image - seed])
+    sheet = np.hstack([seed, image, 128 + image - seed])
     return Image.fromarray(sheet.clip(0, 255).astype(np.uint8))
 
 def train(args):
@@ -490,9 +485,8 @@ def train(args):
     check_size(processor, args.size)
     seed = load_seed(args.seed, args.size)                                          # 1. Seed
     pixels = PixelLogits(seed, args.rounding).to(device)                            # 2. Pixels
-    optimizer = torch.optim.AdamW(pixels.parameters(), args.lr, args.betas,
-                                  weight_decay=args.weight_decay)
-    seed_image = pixels.to_image()
+    seed_image, decay = pixels.to_image(), args.weight_decay
+    optimizer = torch.optim.AdamW(pixels.parameters(), args.lr, args.betas, weight_decay=decay)
     examples, validation = load_examples(args, task, processor, seed_image)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     history = []                                                # the metrics of each step
@@ -503,17 +497,17 @@ def train(args):
     llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
                       args.gpu_memory_utilization, args.rng)
     model = load_model(args.model, device)
-    sampled_groups = sum(metrics.get("sampled_groups", 0) for metrics in history)
-    prompts = endless_prompts(examples, args.rng, skip=sampled_groups)
+    skip = sum(metrics.get("sampled_groups", 0) for metrics in history)
+    prompts = endless_prompts(examples, args.rng, skip)
     loss = partial(dapo_loss, eps_low=args.eps_low, eps_high=args.eps_high)
 
     for step in range(len(history), args.steps + 1):            # step 0 only validates the seed
         metrics, start, groups = {"step": step}, time.time(), []
         if step > 0:
             # 3. Rollout, until enough groups hold right and wrong answers
-            groups, rewards, sampled = sample_groups(llm, processor, task, prompts,
-                                                     pixels.to_image(), args)
-            metrics |= {**sampled, "rollout_s": time.time() - start}
+            image = pixels.to_image()
+            groups, rewards, found = sample_groups(llm, processor, task, prompts, image, args)
+            metrics |= {**found, "rollout_s": time.time() - start}
         if groups:
             # 4. Advantages
             advantages, old_logps = group_advantages(rewards), None
@@ -533,16 +527,15 @@ def train(args):
                     break
             metrics["trainer_s"] = time.time() - start - metrics["rollout_s"]
         if step % args.validate_every == 0 or step == args.steps:
-            results = evaluate(llm, processor, task, validation[RANK::WORLD_SIZE],
-                               pixels.to_image(), args.max_new_tokens)
-            scores = gather([result["score"][0] for result in results])
-            metrics["validation"] = sum(map(sum, scores)) / len(validation)
+            share, image = validation[RANK::WORLD_SIZE], pixels.to_image()
+            results = evaluate(llm, processor, task, share, image, args.max_new_tokens)
+            scores = gather(sum(result["score"][0] for result in results))
+            metrics["validation"] = sum(scores) / len(validation)
         history.append(metrics)
         if RANK == 0:
             finish_step(args, settings, history, pixels, optimizer, seed_image)
         if len(history) > 10 and all(metrics.get("skipped") for metrics in history[-10:]):
-            raise InputError("loss, gradient or a logprob was not finite in ten steps in a row: "
-                             "the run ends; a lower --lr may help.")
+            raise InputError("--lr: ten steps in a row had a loss or gradient that is not finite.")
 
 FLAGS = {
     # Known from the paper (of --prompts, the product with --group-size)
@@ -573,8 +566,7 @@ FLAGS = {
 }
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage="art.py --task TASK [--seed PICTURE] [flags]",
-                                     description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser("art.py", "art.py --task TASK [--seed PICTURE] [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="the benchmark to train for")

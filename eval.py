@@ -53,8 +53,8 @@ def first_line(error):
 # Data: rows of a benchmark, from the hub or from a local file in the benchmark's own schema
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-REMEDY = ("correct the name, connect to the Hugging Face hub, set HF_TOKEN if it is gated (ask for "
-          "access on its page there), or give a local path")
+REMEDY = ("correct the name, connect to the Hugging Face hub or, if it is gated there, ask for access "
+          "on its page and set HF_TOKEN")
 
 def read_rows(hub, split, data=None):
     """Rows of a data set on the hub ("repository:configuration" or "repository:file"), downloaded
@@ -62,21 +62,22 @@ def read_rows(hub, split, data=None):
     and Parquet they must be JSON text. Raises InputError."""
     import datasets
     repository, _, part = hub.partition(":")
-    options = {"path": repository, "split": split}
-    options["data_files" if part.endswith(".jsonl") else "name"] = part
+    options, columns = {"path": repository, "name": part, "split": split}, ()
+    if part.endswith(".jsonl"):
+        options, columns = {**options, "name": None, "data_files": part}, ("conversations", "tools")
     if data:
         reader = READERS.get(Path(data).suffix.lower())
         if reader is None or not os.path.isfile(data):
             raise InputError(f"--data {data}: there is no such {', '.join(READERS)} file.")
-        options = {"path": reader, "split": "train", "data_files": str(data)}
+        options, columns = {"path": reader, "split": "train", "data_files": str(data)}, ()
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
-        if str(options.get("data_files")).lower().endswith((".json", ".jsonl")):
-            # As structs of Arrow, all values of a column would get the same keys.
+        if options["path"] == "json":
             columns = next(iter(datasets.load_dataset(**options, streaming=True)), {})
-            options["features"] = datasets.Features({name: datasets.Json() for name in columns})
-        return datasets.load_dataset(**options)
+        # As structs of Arrow, all values of a column would get the same keys.
+        features = datasets.Features({name: datasets.Json() for name in columns})
+        return datasets.load_dataset(**options, features=features or None)
     except Exception as error:                          # pyarrow, pandas and the hub raise anything
         reason = first_line(error.__cause__ or error)
         if data:
@@ -112,10 +113,9 @@ class Task:
         examples = filter(None, map(self.usable, rows))
         if self.divide:
             examples = self.divide(examples, split, Path(data or self.hub).stem.split(":")[-1])
-        examples = list(islice(examples, limit))
-        source = f"--data {data}" if data else self.hub
+        examples, source = list(islice(examples, limit)), data or self.hub
         if not examples:
-            raise InputError(f"{source}: none of its {len(rows)} rows, which have the columns "
+            raise InputError(f"--data {source}: none of its {len(rows)} rows, of the columns "
                              f"{', '.join(rows.column_names)}, is as those of {self.hub}.")
         print(f"{source}: {len(examples)} of {len(rows)} rows, {split} split", file=sys.stderr)
         return examples
@@ -169,7 +169,7 @@ def answer_lines(text):
 # full stop behind its number and from its last "=", "is" or ": " behind which a single number
 # stands. Brackets behind a number, what follows "not" or "because", numbers in words (20-year) and,
 # beside another one, a number behind a preposition (in 5 years) say nothing. Right is the one
-# number that is left, if it is the reference; two (18 or 20, 3 x 6, 5 dollars and 50 cents) are none.
+# number left, if it is the reference; two (18 or 20, 3 x 6, 5 dollars and 50 cents) are no answer.
 
 NUMBER = re.compile(r"""
     (?P<aside> \b(?:in|of|for|per|after|every|each)\s+(?:(?:the|all|his|her|their|its)\s+)? )?
@@ -272,7 +272,7 @@ def gpqa_answer(example, text):
     return re.sub(r"\W", "", found[-1]).upper() if found else None
 
 def gpqa_reward(example, text):
-    """1 for the right letter, 0.1 for another one. (The paper's shaping is not known.)"""
+    """1 for the right letter, 0.1 for another one: shaped by us."""
     answer = gpqa_answer(example, text)
     return 1.0 if answer == example["target"] else 0.1 if answer else 0.0
 
@@ -305,8 +305,8 @@ def text_of(content):
     return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)
 
 def tool_schema(tool):
-    """A tool as chat templates expect it, however its parameters were written down; with its keys in
-    the order of vLLM's server, as some templates print them."""
+    """A tool as chat templates expect it, however its parameters were written down; some templates
+    print it, so its keys are in the order of vLLM's server."""
     function = tool.get("function") or tool
     schema = function.get("parameters") or function.get("arguments")
     schema = schema if isinstance(schema, dict) else {}
@@ -409,8 +409,7 @@ def toolmind_answer(example, text):
         return None
 
 def toolmind_reward(example, text):
-    """1 for the exact calls, 0.3 for the right tools, 0.1 for readable calls: the paper's shaping is
-    not known."""
+    """1 for the exact calls, 0.3 for the right tools, 0.1 for readable calls: shaped by us."""
     answer, target = toolmind_answer(example, text), example["target"]
     if not answer or answer == target:
         return float(answer == target)
@@ -418,8 +417,8 @@ def toolmind_reward(example, text):
     return 0.3 if names[0] == names[1] else 0.1
 
 def toolmind_share(examples, split, name):
-    """Conversations whose first user message hashes into 1 % are held out. Of each split the rows
-    of the smallest hashes are used, in their order: 2,000 to test, as in the paper, 8,192 to train."""
+    """Conversations whose first user message hashes into 1 % are held out. Of a split the rows of
+    the smallest hashes are used, in their order: 2,000 to test, as in the paper, 8,192 to train."""
     if name != "graphsyn":
         return examples
     own = (e for e in examples if (key_hash(e["key"]) < 0.01) == (split == "test"))
@@ -521,11 +520,12 @@ def count_tokens(processor, example, image=None):
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 def fitting(processor, examples, max_tokens, first_requests):
-    """The examples whose prompts have at most `max_tokens` tokens, with what the longest of the first
-    one's requests adds to it; says how many are left out. Raises InputError if all are."""
+    """The examples whose prompts have at most `max_tokens` tokens, with what the longest request of
+    the first one adds to it; says how many are left out. Raises InputError if all are."""
     tokens = [count_tokens(processor, example) for example in examples]
     more = max(count_tokens(processor, *request) for request in first_requests) - tokens[0]
-    kept = [e for e, count in zip(examples, tokens) if count + more + 2 <= max_tokens]   # +2: a merge
+    most = max_tokens - more - 2                        # a string's ends may merge otherwise
+    kept = [example for example, count in zip(examples, tokens) if count <= most]
     if len(kept) < len(examples):
         print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: longer than "
               f"{max_tokens} tokens, --max-model-len less --max-new-tokens", file=sys.stderr)
@@ -547,8 +547,8 @@ def is_resized(processor, width, height):
         return True
 
 def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, rng=0):
-    """A vLLM engine for one image a prompt, on a GPU or, with a CPU build of vLLM, on the CPU; where
-    torch.distributed is set up, one for each rank. Raises InputError."""
+    """A vLLM engine for one image a prompt, on a GPU or, with a CPU build of vLLM, on the CPU; one
+    for each rank of torch.distributed. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
@@ -628,8 +628,8 @@ def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
              for sample in output.outputs] for output in outputs]
 
 SERVER_REMEDIES = {"AuthenticationError": "set OPENAI_API_KEY to the key that it was started with",
-            "APITimeoutError": "give a request more seconds with --timeout",
-            "APIConnectionError": "start vllm serve, or correct the address"}
+                    "APITimeoutError": "give a request more seconds with --timeout",
+                    "APIConnectionError": "start vllm serve, or correct the address"}
 
 class Server:
     """An OpenAI-compatible server such as vLLM's, and the `model` it serves. Raises InputError."""
@@ -810,7 +810,7 @@ def score_arms(args, arms, held):
         raise InputError(f"--out {args.out}: its arms were scored with other settings, or on other "
                          "questions: name another file.")
     for name, arm in arms.items():
-        record = {"task": args.task, "arm": name, "settings": settings, "pixels": None, "bytes": None}
+        record = {"task": args.task, "arm": name, "settings": settings, "pixels": None, "bytes": 0}
         if isinstance(arm, Image.Image):
             pixels = str(arm.size).encode() + arm.tobytes()
             record |= {"pixels": hashlib.sha256(pixels).hexdigest(), "bytes": len(png_bytes(arm))}
@@ -831,7 +831,7 @@ def score_arms(args, arms, held):
             keep_result(args.out, "\n" + json.dumps(held[name]) + "\n")
 
 def parse_args():
-    parser = argparse.ArgumentParser(usage="eval.py ARM ... --task TASK [flags]", description=__doc__,
+    parser = argparse.ArgumentParser("eval.py", "eval.py ARM ... --task TASK [flags]", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("arms", nargs="*", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")

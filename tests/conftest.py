@@ -1,5 +1,8 @@
-"""The real parts that the tests share: the tiny model, its processor, and one vLLM engine in this process."""
+"""What the tests share: the tiny model, its processor, one vLLM engine, and the two programs."""
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,14 +10,61 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
+SEED = str(ROOT / "seed.png")
 sys.path.insert(0, str(ROOT))
 
-import art                                                                                              # noqa: E402
-import eval as tasks                                                                                    # noqa: E402
+import art                                                                              # noqa: E402
+import eval as tasks                                                                    # noqa: E402
 
 
 def data(task, split):
     return str(TINY / task / (split + (".csv" if task == "gpqa" else ".jsonl")))
+
+
+# --------------------------------------------------------------------------------------------------
+# The programs, in a process of their own
+
+QUICK = ["--model", TINY, "--max-new-tokens", 48, "--max-model-len", 512, "--data"]
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def run(*command, cwd=ROOT, **env):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, env={**ENV, **env})
+
+
+def sentence_of(result):
+    """The one sentence with which a wrong input is refused."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert re.match(r"(art|eval)\.py: error: ", last), result.stderr
+    return last
+
+
+def refused(*command, **env):
+    return sentence_of(run(*command, **env))
+
+
+# --------------------------------------------------------------------------------------------------
+# The programs, in this process
+
+def art_args(out, *flags):
+    """The flags of `python art.py --out OUT FLAGS`; the last of equal flags counts."""
+    argv, sys.argv = sys.argv, ["art.py", "--out", *map(str, [out, *flags])]
+    try:
+        return art.parse_args()[1]
+    finally:
+        sys.argv = argv
+
+
+def eval_main(*flags):
+    """`python eval.py FLAGS`."""
+    argv, sys.argv = sys.argv, ["eval.py", *map(str, flags)]
+    try:
+        return tasks.main(tasks.parse_args()[1])
+    finally:
+        sys.argv = argv
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +82,14 @@ def llm():
     return tasks.load_engine(str(TINY), max_model_len=512, max_num_seqs=64)
 
 
+@pytest.fixture
+def engine(llm, monkeypatch):
+    """The shared engine, where art.py and eval.py would each start one of their own."""
+    monkeypatch.setattr(art, "load_engine", lambda *args, **options: llm)
+    monkeypatch.setattr(tasks, "load_engine", lambda *args, **options: llm)
+    return llm
+
+
 @pytest.fixture(scope="session")
 def questions():
     """Training examples of GSM8K's tiny file."""
@@ -40,4 +98,9 @@ def questions():
 
 @pytest.fixture
 def seed():
-    return art.load_seed(str(ROOT / "seed.png"), 256)
+    return art.load_seed(SEED, 256)
+
+
+def prompt(processor, example):
+    """The rendered prompt of an example behind the image."""
+    return tasks.render(processor, tasks.behind(tasks.IMAGE, example))

@@ -9,7 +9,7 @@ import art
 
 
 def test_loss_by_hand_on_both_sides_of_both_clips():
-    """Completions of one token each: both signs of the advantage, ratios below, between and above the clips."""
+    """Completions of one token: both signs of the advantage; ratios below, between, above."""
     ratios = torch.tensor([[0.5], [1.1], [1.5], [0.5], [1.1], [1.5], [0.75]])
     advantages = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0, -1.0, -1.0])
     # min(r A, clip(r, 0.8, 1.28) A): for A > 0 only large ratios are cut, for A < 0 only small ones.
@@ -32,32 +32,38 @@ def test_masked_tokens_count_for_nothing():
     loss, metrics = art.dapo_loss(logp, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), mask)
     assert loss.item() == pytest.approx(-(1.1 - 0.9) / 2, rel=1e-5)
     assert metrics["clip_fraction"] == 0
+    loss.backward()
+    assert logp.grad.isfinite().all()
 
 
 def test_every_token_weighs_the_same_whatever_its_completions_length():
     """DAPO divides by all tokens of the batch, not first by each completion's length."""
     mask = torch.tensor([[True] * 3, [True, False, False]])
-    loss, _ = art.dapo_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([1.0, -1.0]), mask)
+    zeros = torch.zeros(2, 3)
+    loss, _ = art.dapo_loss(zeros, zeros, torch.tensor([1.0, -1.0]), mask)
     assert loss.item() == pytest.approx(-(3 * 1 - 1) / 4)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5])
 def test_micro_batches_add_up_to_the_batch(cut):
     torch.manual_seed(0)
-    logp, old = torch.randn(6, 7, dtype=torch.double), torch.randn(6, 7, dtype=torch.double)
-    mask, advantages, weight = torch.rand(6, 7) < 0.7, torch.randn(6, dtype=torch.double), torch.rand(6, 7).double()
-    total = int(mask.sum())
+    logp, old = torch.randn(2, 6, 7, dtype=torch.double)
+    mask, weight = torch.rand(6, 7) < 0.7, torch.rand(6, 7).double()
+    advantages, total = torch.randn(6, dtype=torch.double), int(mask.sum())
     whole, metrics = art.dapo_loss(logp, old, advantages, mask, total_tokens=total, weight=weight)
-    parts = [art.dapo_loss(logp[s], old[s], advantages[s], mask[s], total_tokens=total, weight=weight[s])
-             for s in (slice(cut), slice(cut, None))]
+    parts = [art.dapo_loss(logp[rows], old[rows], advantages[rows], mask[rows], total_tokens=total,
+                           weight=weight[rows]) for rows in (slice(cut), slice(cut, None))]
     assert sum(loss for loss, _ in parts).item() == pytest.approx(whole.item(), rel=1e-12)
-    assert sum(m["clip_fraction"] for _, m in parts) == pytest.approx(metrics["clip_fraction"])
-    assert whole.item() == pytest.approx(art.dapo_loss(logp, old, advantages, mask, weight=weight)[0].item())
+    for name in metrics:
+        assert sum(found[name] for _, found in parts) == pytest.approx(metrics[name])
+    unsaid = art.dapo_loss(logp, old, advantages, mask, weight=weight)[0]
+    assert whole.item() == pytest.approx(unsaid.item())
 
 
 def test_weight_scales_a_token_and_takes_no_part_in_the_clip():
     logp, old = torch.log(torch.tensor([[1.5, 1.0]])), torch.zeros(1, 2)
-    loss, metrics = art.dapo_loss(logp, old, torch.tensor([1.0]), torch.ones(1, 2, dtype=torch.bool),
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    loss, metrics = art.dapo_loss(logp, old, torch.tensor([1.0]), mask,
                                   weight=torch.tensor([[2.0, 0.5]]))
     assert loss.item() == pytest.approx(-(2.0 * 1.28 + 0.5 * 1.0) / 2)
     assert metrics["clip_fraction"] == 0.5
@@ -65,12 +71,14 @@ def test_weight_scales_a_token_and_takes_no_part_in_the_clip():
 
 def test_advantages_by_hand():
     rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
-    advantages = art.group_advantages(rewards, eps=0.0 + 1e-12)
     deviation = math.sqrt(4 * 0.25 / 3)                                  # Bessel-corrected
-    assert advantages[0].tolist() == pytest.approx([0.5 / deviation, -0.5 / deviation, -0.5 / deviation, 0.5 / deviation])
-    assert art.group_advantages(rewards)[1].abs().max() < 1e-3          # an equal group carries no gradient
+    expected = [0.5 / deviation, -0.5 / deviation, -0.5 / deviation, 0.5 / deviation]
+    assert art.group_advantages(rewards, eps=1e-12)[0].tolist() == pytest.approx(expected)
+    assert art.group_advantages(rewards)[1].abs().max() < 1e-3      # an equal group: no gradient
 
 
-@pytest.mark.parametrize("length, penalty", [(0, 0), (400, 0), (412, 0), (462, -0.5), (512, -1), (600, -1)])
+@pytest.mark.parametrize("length, penalty", [
+    (0, 0), (400, 0), (412, 0), (462, -0.5), (512, -1), (600, -1)])
 def test_overlong_penalty_point_by_point(length, penalty):
     assert art.overlong_penalty(length, 512, 100) == pytest.approx(penalty)
+    assert art.overlong_penalty(length, 512, 0) == 0
