@@ -27,7 +27,6 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import sys
 import time
@@ -53,8 +52,7 @@ from eval import (IMAGE, TASKS, TEMPLATED, InputError, behind, evaluate, fitting
 # 1. Seed
 
 def load_seed(path, size):
-    """Any picture as uint8 (3, size, size), cropped and scaled; no path gives noise: the paper's
-    logits N(0, 0.1), 0.1 read as the deviation."""
+    """Any picture as uint8 (3, size, size), cropped and scaled; no path: logits N(0, 0.1)."""
     if path is None:
         return (255 * torch.sigmoid(0.1 * torch.randn(3, size, size))).round().to(torch.uint8)
     picture = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.LANCZOS)
@@ -108,11 +106,9 @@ class Completion:
     cut: bool                       # ended by the token limit
 
 def rollout(llm, prompts, image, group_size, max_new_tokens=512, temperature=1.0, rngs=None):
-    """Sample G = `group_size` Completions for each of P rendered prompts behind the PIL `image`.
-
-    Returns P lists. No top-p and no top-k: the logprobs are those of the (tempered) policy. `rngs`:
-    a random number seed for each prompt, whose samples then do not depend on earlier ones.
-    """
+    """Sample G = `group_size` Completions for each of P rendered prompts behind the PIL `image`: P
+    lists. No top-p, no top-k: the logprobs are those of the (tempered) policy. `rngs`: a random
+    number seed for each prompt, whose samples then do not depend on earlier ones."""
     from vllm import SamplingParams
     requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for prompt in prompts]
     sampling = [SamplingParams(n=group_size, temperature=temperature, top_p=1.0, top_k=0,
@@ -140,8 +136,8 @@ def overlong_penalty(length, max_length, cache_length):
     return -min(1.0, max(0.0, excess / cache_length)) if cache_length else 0.0
 
 def group_advantages(rewards, eps=1e-4):
-    """(P, G) rewards -> (P, G) advantages A_ij = (R_ij - mean_i) / (std_i + eps). The deviation is
-    Bessel-corrected, as in TRL and verl. An equal group gives zeros."""
+    """(P, G) rewards -> (P, G) advantages A_ij = (R_ij - mean_i) / (std_i + eps), std as in TRL and
+    verl with Bessel's correction."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
 
 
@@ -154,8 +150,7 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 
     logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,). The sum
     over tokens is divided by `total_tokens`, those of the whole step (None: of `mask`), so that the
-    losses and metrics of micro-batches add up to the step's. `weight` corrects for the sampler's
-    slightly different policy; it takes no gradient.
+    micro-batches' losses and metrics add up. `weight`: for the sampler's slightly different policy.
     """
     total_tokens = total_tokens or int(mask.sum())
     advantages = advantages[:, None]                                        # (N, 1)
@@ -172,12 +167,10 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 
 # --------------------------------------------------------------------------------------------------
 # 6. Backward through the frozen model
-#
 #   pixels -> vision tower -> image features -> prefix of prompt 1 -> its G completions -> loss
 #             once a step     ^              -> prefix of prompt 2 -> its G completions -> loss
 #                             gradients         once a group     ^    in micro-batches
 #                             meet here                          and here
-#
 # The trained image stands at the front of every sequence. So what sequences share is computed once:
 # a group costs P + G*C tokens, not G*(P + C). The graph is cut at both places (`cut_graph`): the
 # gradients of all that follows add up there before they go on, once, to what lies in front.
@@ -185,8 +178,7 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 # in the model. The prefix sets it, and its completions rely on it.
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
-    """transformers' cache layer of linear attention copies its state in place, over what the
-    backward pass needs: this one assigns."""
+    """transformers' layer copies its state in place, over what backward needs: this one assigns."""
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
@@ -211,8 +203,8 @@ def encode_image(model, processor, prompt, image):
     return model.get_image_features(**inputs, return_dict=True)
 
 def run_prefix(model, inputs, features):
-    """Image and prompt (P tokens) through the language model, once for all completions: (what each
-    cache layer holds, last hidden state (1, 1, hidden))."""
+    """Image and prompt through the language model, once for all completions: (what each cache layer
+    holds, last hidden state (1, 1, hidden))."""
     cache = graph_cache(model)
     states = model.base_model(**inputs, mm_encoder_outputs={"image": features},
                               past_key_values=cache, use_cache=True)
@@ -338,8 +330,7 @@ def gather(value):
     return values
 
 def load_model(name, device):
-    """The frozen model: float32 on the CPU, bfloat16 on a GPU. Raises InputError if it scales or
-    caps its logits, as TokenLogprobs does not."""
+    """The frozen model, float32 on the CPU and bfloat16 on a GPU. Raises InputError."""
     dtype = torch.bfloat16 if "cuda" in device else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
     model = model.eval().requires_grad_(False).to(device)
@@ -347,7 +338,7 @@ def load_model(name, device):
     ids = torch.tensor([[0, 1]], device=device)
     states = model.base_model(input_ids=ids).last_hidden_state
     if not torch.equal(model(input_ids=ids).logits, model.get_output_embeddings()(states)):
-        raise InputError(f"--model {name}: it scales or caps its logits, which art.py does not.")
+        raise InputError(f"--model {name}: it scales or caps its logits; TokenLogprobs does not.")
     return model
 
 def check_size(processor, size):
@@ -389,8 +380,7 @@ def sample_groups(llm, processor, task, prompts, image, args):
     their (P, G) rewards, and metrics over everything that was sampled."""
     kept, rewards, seen = [], [], []
     for _ in range(args.rounds):
-        asked = [next(prompts) for _ in range(args.prompts - len(kept))]
-        rngs, examples = zip(*asked)
+        rngs, examples = zip(*(next(prompts) for _ in range(args.prompts - len(kept))))
         texts = [render(processor, behind(IMAGE, e)) for e in examples[RANK::WORLD_SIZE]]
         shares = gather(rollout(llm, texts, image, args.group_size, args.max_new_tokens,
                                 args.temperature, rngs[RANK::WORLD_SIZE]))
@@ -398,9 +388,10 @@ def sample_groups(llm, processor, task, prompts, image, args):
             group = shares[i % WORLD_SIZE][i // WORLD_SIZE]
             scores = [task.score(example, c.text) for c in group]
             lengths = [len(c.ids) for c in group]
-            penalty = partial(overlong_penalty, max_length=args.max_new_tokens,
-                              cache_length=args.overlong_cache)
-            group_rewards = [task.reward(example, c.text) + penalty(len(c.ids)) for c in group]
+            penalties = [overlong_penalty(length, args.max_new_tokens, args.overlong_cache)
+                         for length in lengths]
+            reward = task.reward or task.score
+            group_rewards = [reward(example, c.text) + p for c, p in zip(group, penalties)]
             seen += zip(scores, group_rewards, lengths, [c.cut for c in group])
             if len(set(scores)) > 1:                    # by the score, not by the shaped reward
                 kept.append(group)
@@ -408,7 +399,7 @@ def sample_groups(llm, processor, task, prompts, image, args):
         if len(kept) == args.prompts:
             break
     metrics = dict(zip(("score", "reward", "length", "cut"), np.mean(seen, axis=0).tolist()))
-    metrics |= {"groups": len(kept), "sampled_groups": len(seen) // args.group_size, "skipped": 0}
+    metrics.update(groups=len(kept), sampled_groups=len(seen) // args.group_size, skipped=0)
     return kept, torch.tensor(rewards), metrics
 
 def step_pixels(pixels, optimizer, seed, metrics, args):
@@ -434,13 +425,12 @@ def load_state(args, settings):
     path = Path(args.out, "state.pt")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not args.resume and any(path.parent.iterdir()):
-            raise InputError(f"--out {args.out}: it is not empty; go on with the run in it by "
-                             "--resume, or name another folder.")
         state = torch.load(path, "cpu", weights_only=True) if path.exists() else None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"--out {args.out}: no run can begin or go on in it "
-                         f"({type(error).__name__}); name another folder.") from error
+    except Exception as error:                          # torch.load raises anything
+        raise InputError(f"--out {args.out}: it is broken ({type(error).__name__}).") from error
+    if not args.resume and any(path.parent.iterdir()):
+        raise InputError(f"--out {args.out}: it is not empty; go on with the run in it by "
+                         "--resume, or name another folder.")
     others = [name for name in settings if state and state["settings"].get(name) != settings[name]]
     if others:
         raise InputError(f"--resume: the run in {args.out} has another {', '.join(others)}; give "
@@ -460,10 +450,11 @@ def finish_step(args, settings, history, pixels, optimizer, seed_image):
         save(png_bytes(panel(seed_image, image)), out / "panel.png")
         # The earlier of two equally good images is kept: it is nearer to the seed.
         if all(metrics["validation"] > before.get("validation", -1) for before in history[:-1]):
-            notes["validation"] = metrics["validation"]
+            notes["accuracy"] = metrics["validation"]
             save(png_bytes(image, notes), out / "best.png")
-    torch.save({"settings": settings, "history": history, "logits": pixels.logits.detach(),
-                "optimizer": optimizer.state_dict()}, buffer := io.BytesIO())
+    state = dict(settings=settings, history=history, logits=pixels.logits.detach(),
+                 optimizer=optimizer.state_dict())
+    torch.save(state, buffer := io.BytesIO())
     save(buffer.getvalue(), out / "state.pt")
     save("".join(json.dumps(line) + "\n" for line in history).encode(), out / "metrics.jsonl")
     shown = ("reward", "score", "groups", "length", "entropy", "mismatch", "clip_fraction",
@@ -507,7 +498,7 @@ def train(args):
             # 3. Rollout, until enough groups hold right and wrong answers
             image = pixels.to_image()
             groups, rewards, found = sample_groups(llm, processor, task, prompts, image, args)
-            metrics |= {**found, "rollout_s": time.time() - start}
+            metrics.update(found, rollout_s=time.time() - start)
         if groups:
             # 4. Advantages
             advantages, old_logps = group_advantages(rewards), None

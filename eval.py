@@ -24,7 +24,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -96,13 +95,13 @@ class Task:
     example(row)          -> {"key", "messages", "tools", "target"}; None or an error leaves it out.
                              Rows of one key never cross a split; the messages hold no image.
     answer(example, text) -> what is read from a completion, comparable with `target`, or None
-    reward(example, text) -> training reward in [0, 1], 1 only for the right answer
+    reward(example, text) -> training reward, 1 only for the right answer; None: the score
     divide(examples, split, name) -> the split's share of the file `name`, if it is published whole
     """
     hub: str
     example: Callable
     answer: Callable
-    reward: Callable
+    reward: Callable | None = None
     paper_answer: Callable | None = None                # `answer` by the authors' published rule
     divide: Callable | None = None
 
@@ -214,9 +213,6 @@ def number_value(match):
     value += Fraction(int(match["over"] or 0), int(match["under"] or 1))
     value *= UNITS[match["unit"].lower()] if match["unit"] else 1
     return -value if match["sign"] else value
-
-def gsm8k_reward(example, text):
-    return float(gsm8k_answer(example, text) == example["target"])      # binary, as in the paper
 
 def gsm8k_paper_answer(text):
     """The answer by the rule that made the paper's GSM8K figures, in their repository: behind the
@@ -426,8 +422,7 @@ def toolmind_share(examples, split, name):
     return nsmallest(most, own, key=lambda e: key_hash(str(e["messages"])))
 
 TASKS = {
-    "gsm8k": Task("openai/gsm8k:main", gsm8k_example, gsm8k_answer, gsm8k_reward,
-                  gsm8k_paper_answer),
+    "gsm8k": Task("openai/gsm8k:main", gsm8k_example, gsm8k_answer, paper_answer=gsm8k_paper_answer),
     "gpqa": Task("Idavidrein/gpqa:gpqa_extended", gpqa_example, gpqa_answer, gpqa_reward,
                  divide=gpqa_halves),
     "toolmind": Task("Nanbeige/ToolMind:graph_syn_datasets/graphsyn.jsonl", toolmind_example,
@@ -510,8 +505,7 @@ def render(processor, example):
         enable_thinking=False)
 
 def model_inputs(processor, text, image=None):
-    """The processor's tensors for a rendered prompt and its image: None, PIL, or a float tensor
-    (3, H, W) in [0, 255]."""
+    """The processor's tensors for a prompt and its image: PIL, or float (3, H, W) in [0, 255]."""
     images = None if image is None else [image]
     return processor(text=[text], images=images, return_tensors="pt", **TEMPLATED)
 
@@ -558,7 +552,6 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
         from vllm.platforms import current_platform
         options = {"gpu_memory_utilization": gpu_memory_utilization}
         if current_platform.is_cpu():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
             torch._dynamo.config.disable = True         # no C++ compiler is needed
             # A prompt in pieces would make vLLM rewind its sampler's generator: not on a CPU.
             options = {"enforce_eager": True, "enable_prefix_caching": False,
@@ -681,8 +674,7 @@ class Server:
                 for choice in response.choices]
 
 def wire(example, picture):
-    """An example's messages as the OpenAI protocol has them: the picture as a data URL, the
-    arguments of calls as JSON text."""
+    """Messages of the OpenAI protocol: the picture is a data URL, calls' arguments are JSON text."""
     messages = json.loads(json.dumps(example["messages"]))
     for message in messages:
         if IMAGE in message["content"]:
@@ -772,7 +764,7 @@ def read_results(path):
             if line.endswith("}\n"):                    # not one that a kill cut off
                 record = json.loads(line)
                 held.setdefault(record["task"], {})[record["arm"]] = record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise InputError(f"--out {path} is no file of results ({first_line(error)}).") from error
     return held
 
@@ -838,8 +830,7 @@ def parse_args():
     add("--task", choices=TASKS, help="the benchmark")
     add("--model", help="hub name or folder (the server's, or Qwen/Qwen3.5-0.8B)")
     add("--data", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema")
-    add("--server", metavar="URL", help="score over an OpenAI-compatible server, for instance "
-        "http://localhost:8000/v1; its key, if it asks for one, is OPENAI_API_KEY")
+    add("--server", metavar="URL", help="ask http://HOST:8000/v1, with the key OPENAI_API_KEY")
     add("--timeout", type=positive, default=600, help="seconds for a request to the server (600)")
     add("--out", help="file that keeps every completion; what it holds is not asked again")
     add("--baseline", metavar="ARM", help="the arm to compare with (the first)")

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tests/cpu/setup.sh
-export TORCH_CPP_LOG_LEVEL=ERROR
+export TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore::FutureWarning
 task=${1:-gsm8k}
 case $task in gpqa) kind=csv ;; *) kind=jsonl ;; esac
 run=runs/demo-$(printf '%s ' "$task" "${@:2}" | tr -cs '[:alnum:]' - | sed 's/-$//')

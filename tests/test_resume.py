@@ -1,5 +1,8 @@
-"""A run that was stopped, in whatever way, goes on exactly where it was, or says in one sentence why it cannot."""
+"""A run that was stopped, in whatever way, goes on exactly where it was, or says in one sentence
+why it cannot."""
 
+import json
+import math
 import os
 import pickle
 import subprocess
@@ -8,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import art
 import quick_loop
-from conftest import ROOT, TINY, data
-from eval import TASKS, InputError, prompt_text
+from conftest import ENV, ROOT, SEED, TINY, art_args, data, prompt
+from eval import InputError, save
 from quick_loop import train, whole
+
+FILES = {"best.png", "last.png", "panel.png", "seed.png", "metrics.jsonl", "state.pt"}
 
 
 @pytest.fixture(scope="module")
@@ -25,99 +29,122 @@ def uninterrupted(tmp_path_factory):
     return whole(out)
 
 
-class Disturbed:
-    """The sampling of the quick loop, with something else happening at its call number `at`."""
+def disturbed(at):
+    """The sampling of the quick loop, with Ctrl-C at its call number `at`."""
+    calls = []
 
-    def __init__(self, event, at=20):
-        self.event, self.left = event, at
-
-    def __call__(self, *args):
-        self.left -= 1
-        if self.left == 0:
-            self.event()
+    def rollout(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
         return quick_loop.rollout(*args)
+    return rollout
 
 
-def stop():
-    raise KeyboardInterrupt
-
-
-def test_real_runs_killed_and_resumed_are_the_uninterrupted_one(tmp_path, llm, monkeypatch):
-    """With the real engine and model: another process is killed at its second step and resumed, and ends with the same
-    pixels, metrics and pictures, bit for bit, as a run in this process, whose engine has sampled other things before."""
-    command = [sys.executable, str(ROOT / "art.py"), "--task", "gsm8k", "--model", str(TINY), "--data", data("gsm8k", "train"),
-               "--seed", str(ROOT / "seed.png"), "--prompts", "2", "--validation", "16", "--validate-every", "2", "--max-new-tokens",
-               "48", "--max-model-len", "512", "--max-num-seqs", "64", "--updates", "2", "--max-grad-norm", "0.01", "--out"]
-    process = subprocess.Popen([*command, str(tmp_path / "b"), "--steps", "50"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    next(line for line in process.stdout if line.startswith("step    2  reward"))
+def test_a_real_run_killed_and_resumed_is_the_uninterrupted_one(tmp_path, engine):
+    """Another process is killed at its second step and resumed. It ends with the same pixels,
+    metrics and pictures, bit for bit, as a run in this process, whose engine has sampled other
+    things before."""
+    flags = ["--task", "gsm8k", "--model", TINY, "--data", data("gsm8k", "train"), "--seed", SEED,
+             "--prompts", 2, "--validation", 16, "--validate-every", 2, "--max-new-tokens", 48,
+             "--max-model-len", 512, "--max-num-seqs", 64, "--updates", 2]
+    command = [sys.executable, ROOT / "art.py", "--out", tmp_path / "b", *flags]
+    process = subprocess.Popen([*map(str, command), "--steps", "50"], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env=ENV)
+    next(line for line in process.stdout if line.startswith("step 2  reward"))
     process.kill()
     process.communicate()
-    subprocess.run([*command, str(tmp_path / "b"), "--steps", "4", "--resume"], check=True, capture_output=True)
-    monkeypatch.setattr(art, "load_engine", lambda *args: llm)
-    monkeypatch.setattr(sys, "argv", [*command[1:], str(tmp_path / "a"), "--steps", "4"])
-    art.train(art.parse_args())
+    assert len(whole(tmp_path / "b")["metrics"]) >= 3
+    art.train(art_args(tmp_path / "a", *flags, "--steps", 4))
+    art.train(art_args(tmp_path / "b", *flags, "--steps", 4, "--resume"))
     a, b = whole(tmp_path / "a"), whole(tmp_path / "b")
     assert a == b and len(a["metrics"]) == 5 and a["metrics"][4]["moved"] > 0
 
 
-def test_killed_at_30_random_moments(tmp_path):
-    """After each kill every file is whole, and the run that went on 30 times ends as one that was left alone."""
-    result = subprocess.run([sys.executable, quick_loop.__file__, str(tmp_path / "run")], capture_output=True, text=True)
+def test_killed_at_ten_random_moments(tmp_path):
+    """After each kill every file is whole; in the end all is as in a run that was left alone."""
+    result = subprocess.run([sys.executable, quick_loop.__file__, str(tmp_path / "run")],
+                            capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
-    print(result.stdout)
     train(tmp_path / "uninterrupted", steps=200)
-    assert whole(tmp_path / "run") == whole(tmp_path / "uninterrupted")
-    assert {name for name in os.listdir(tmp_path / "run") if not name.endswith(".tmp")} == {
-        "best.png", "last.png", "panel.png", "seed.png", "metrics.jsonl", "state.safetensors"}
+    assert whole(tmp_path / "run") == whole(tmp_path / "uninterrupted"), result.stdout
+    left = {name for name in os.listdir(tmp_path / "run") if not name.endswith(".tmp")}
+    assert left == FILES
 
 
 @pytest.mark.parametrize("at", [1, 20])
-def test_ctrl_c_and_resume(tmp_path, uninterrupted, at, capsys):
-    with pytest.raises(SystemExit, match="130"):
-        train(tmp_path, rollout=Disturbed(stop, at))
-    assert "--resume goes on" in capsys.readouterr().out
+def test_ctrl_c_and_resume(tmp_path, uninterrupted, at):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, rollout=disturbed(at))
     train(tmp_path, "--resume")
     assert whole(tmp_path) == uninterrupted
 
 
 def test_a_run_may_grow(tmp_path, uninterrupted):
-    """--steps may be raised: the steps after are those of a run that was long from the start."""
-    train(tmp_path, steps=14)                           # ends with a validation, as step 14 of 30 does
-    train(tmp_path, "--resume")
+    """The steps after are those of a run that was long from the start, whatever the size of its
+    micro-batches."""
+    train(tmp_path, steps=14)                   # ends with a validation, as step 14 of 30 does
+    train(tmp_path, "--resume", "--tokens-per-microbatch", 99, "--max-num-seqs", 9)
     assert whole(tmp_path) == uninterrupted
-    train(tmp_path, "--resume")                         # nothing is left to do, and nothing is done
+    train(tmp_path, "--resume")                 # nothing is left to do, and nothing is done
     assert whole(tmp_path) == uninterrupted
 
 
-def test_metrics_of_the_future_or_lost_ones_are_set_right(tmp_path, uninterrupted):
-    with pytest.raises(SystemExit):
-        train(tmp_path, rollout=Disturbed(stop))
+def test_resume_starts_a_run_where_there_is_none(tmp_path, uninterrupted):
+    train(tmp_path / "run", "--resume")
+    assert whole(tmp_path / "run") == uninterrupted
+
+
+def test_a_lost_file_of_metrics_comes_again(tmp_path, uninterrupted):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, rollout=disturbed(20))
     (tmp_path / "metrics.jsonl").unlink()
-    (tmp_path / "state.safetensors.tmp").write_bytes(b"half a state")
+    (tmp_path / ".state.pt.1.tmp").write_bytes(b"half a state")
     train(tmp_path, "--resume")
-    assert whole(tmp_path) == uninterrupted and not (tmp_path / "state.safetensors.tmp").exists()
+    assert whole(tmp_path) == uninterrupted
 
 
-def test_the_sampling_depends_on_the_seed_alone(llm, processor, questions, seed):
-    """Not on the batch or on what was sampled before; without seeds it does. Each completion of a prompt gets its own seed."""
-    prompts = [prompt_text(processor, TASKS["gsm8k"], e) for e in questions[:8]]
+def test_best_png_is_the_earliest_of_the_best(tmp_path):
+    """Of a run that goes on, too; the earlier of two equally good images is nearer to the seed."""
+    scores = iter([0.25, 0.5, 0.5, 0.25, 0.5])
+    validated = []
+
+    def evaluate(llm, processor, task, examples, image, max_new_tokens):
+        validated.append(image.tobytes())
+        return [{"score": [5 * next(scores)]}]
+    train(tmp_path, steps=14, evaluate=evaluate)
+    train(tmp_path, "--resume", steps=28, evaluate=evaluate)
+    assert len(validated) == 5 and whole(tmp_path)["best.png"] == validated[1] != validated[2]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[7])["validation"] == 0.5
+
+
+def test_the_sampling_depends_on_the_random_number_seed_alone(llm, processor, questions, seed):
+    """Not on the batch or on what was sampled before; without seeds it does. Each completion of a
+    prompt gets another one."""
+    prompts = [prompt(processor, example) for example in questions[:8]]
+    image = art.PixelLogits(seed).to_image()
 
     def sample(places, seeded=True):
-        groups = art.rollout(llm, [prompts[i] for i in places], art.PixelLogits(seed).to_image(), 8, 48,
-                             [1000 * i for i in places] if seeded else None)
+        rngs = [1000 * i for i in places] if seeded else None
+        groups = art.rollout(llm, [prompts[i] for i in places], image, 8, 48, rngs=rngs)
         return {i: [(c.ids, c.logps) for c in group] for i, group in zip(places, groups)}
     first = sample(range(8))
-    assert sample([7, 2]) == {i: first[i] for i in (7, 2)} and sample(range(8)) == first != sample(range(8), seeded=False)
+    assert sample([7, 2]) == {i: first[i] for i in (7, 2)}
+    assert sample(range(8)) == first != sample(range(8), seeded=False)
     assert sum(len({tuple(ids) for ids, _ in group}) for group in first.values()) > 8 * 3
 
 
+# --------------------------------------------------------------------------------------------------
+# What is refused
+
 def refused(out, *flags, **stand_ins):
-    """The one sentence. Where nothing happened on the way to it, the folder is as it was."""
-    files = lambda: {p: p.is_file() and p.read_bytes() for p in Path(out).glob("*")} if os.path.isdir(out) else {}     # noqa: E731
+    """The one sentence. What was in the folder is as it was."""
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in Path(out).glob("*")}
     before = files()
     with pytest.raises(InputError) as error:
         train(out, *flags, **stand_ins)
-    assert stand_ins or files() == before
+    assert files() == before
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
     return str(error.value)
 
@@ -130,173 +157,145 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--task", "toolmind", "--data", data("toolmind", "train")], "--task gsm8k --data of hash"),
-    (["--model", "another/model"], "--model Qwen/Qwen3.5-0.8B;"),
-    (["--lr", "0.2"], "--lr 0.1;"),
-    (["--rng", "1"], "--rng 0;"),
-    (["--size", "32"], "--seed of hash"),
-    (["--seed", str(ROOT / "tests" / "panel.png")], "--seed of hash"),
-    (["--data", data("gsm8k", "test")], "--data of hash"),
-    (["--limit", "49"], "--data of hash"),
-])
-def test_a_folder_of_another_run_is_not_gone_on_with(finished, flags, named):
-    assert f"is of a run with {named}" in (sentence := refused(finished, "--resume", *flags, steps=2)), sentence
+    (["--task", "toolmind", "--data", data("toolmind", "train")], "task, data;"),
+    (["--model", "another/model"], "model;"), (["--lr", "0.2"], "lr;"), (["--rng", "1"], "rng;"),
+    (["--size", "32"], "size;"), (["--seed", str(TINY / "a.png")], "seed;"),
+    (["--limit", "49"], "limit;"), (["--betas", "0.5", "0.9"], "betas;"),
+    (["--rounding", "none"], "rounding;")])
+def test_a_run_of_other_flags_is_not_gone_on_with(finished, flags, named, monkeypatch):
+    monkeypatch.setattr(art, "load_seed", lambda path, size: torch.zeros(3, size, size))
+    sentence = refused(finished, "--resume", *flags, steps=2)
+    assert sentence.startswith("--resume: ") and f"another {named}" in sentence, sentence
 
 
-def test_a_new_run_in_an_old_folder_is_refused_and_told_of_resume(finished, tmp_path):
-    assert "it holds a run already; go on with it by --resume" in refused(finished)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')                    # of a version without --resume
-    assert "it holds a run already" in refused(tmp_path)
-
-
-def test_resume_never_starts_anew(tmp_path):
-    assert "no run to go on with" in refused(tmp_path, "--resume")
-    assert "no run to go on with" in refused(tmp_path / "new", "--resume")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    assert "no run to go on with" in refused(tmp_path, "--resume")
-
-
-def test_a_seed_in_the_runs_folder_is_not_replaced(tmp_path):
-    """It may bear the name of one of the run's pictures. With --resume it may be the run's own."""
-    art.save((ROOT / "seed.png").read_bytes(), tmp_path / "seed.png")
-    assert "the seed lies in it" in refused(tmp_path, "--seed", tmp_path / "seed.png")
-    train(tmp_path / "run", "--seed", tmp_path / "seed.png", steps=1)
-    train(tmp_path / "run", "--seed", tmp_path / "run" / "seed.png", "--resume", steps=2)
-    assert len(whole(tmp_path / "run")["metrics"]) == 3
+@pytest.mark.parametrize("left", [FILES, {"best.png", "last.png"}, {"notes.txt"}])
+def test_a_new_run_in_a_folder_that_is_not_empty_is_refused(finished, tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_bytes(
+            (finished / name).read_bytes() if name in FILES else b"my own")
+    sentence = refused(tmp_path)
+    assert sentence.startswith(f"--out {tmp_path}: it is not empty; ") and "--resume" in sentence
 
 
 class Payload:
+    """Unpickled, it leaves a file behind."""
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
 
 
-def without(name):
-    def edit(path):
-        save_file({k: v for k, v in load_file(path).items() if k != name}, path, art.safe_open(path, "pt").metadata())
-    return edit
-
-
-def with_tensors(**tensors):
-    return lambda path: save_file({**load_file(path), **tensors}, path, art.safe_open(path, "pt").metadata())
-
-
 @pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(path.read_bytes()[:100]),
-    lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    lambda path: path.write_bytes(path.read_bytes()[1:]),
-    lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
-    lambda path: path.write_text("{}"),
+    lambda path: path.write_bytes(b""), lambda path: path.write_text("{}"),
+    lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.write_bytes(path.read_bytes()[:1000]),
     lambda path: path.write_bytes(pickle.dumps(Payload())),
-    lambda path: torch.save({"logits": Payload()}, path),
-    lambda path: save_file(load_file(path), path),
-    lambda path: save_file(load_file(path), path, {"run": "[]"}),
-    lambda path: save_file(load_file(path), path, {"run": "{"}),
-    lambda path: save_file(load_file(path), path, {"run": '{"settings": [], "metrics": []}'}),
-    without("logits"),
-    with_tensors(logits=torch.full((3, 64, 64), torch.nan)),
-    with_tensors(exp_avg_sq=torch.full((3, 64, 64), torch.inf)),
-    with_tensors(exp_avg=torch.zeros(3, 8, 8)),
-    lambda path: (path.unlink(), path.mkdir()),
-])
+    lambda path: torch.save({"logits": Payload()}, path)])
 def test_a_broken_state_is_refused_and_runs_nothing(finished, tmp_path, damage, monkeypatch):
     out = tmp_path / "run"
     out.mkdir()
     for file in finished.iterdir():
         (out / file.name).write_bytes(file.read_bytes())
     monkeypatch.chdir(tmp_path)
-    damage(out / "state.safetensors")
-    assert "state.safetensors cannot be read as the state of a run" in refused(out, "--resume", steps=2)
+    damage(out / "state.pt")
+    assert f"--out {out}: no run can begin or go on in it" in refused(out, "--resume", steps=2)
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_second_run_in_a_folder_is_refused(tmp_path, uninterrupted):
-    """Whether it resumes or, before there is anything to resume, starts: and the first one is not disturbed."""
-    sentences = []
-
-    def second():
-        for flags in ([], ["--resume"]):
-            with pytest.raises(InputError) as error:
-                train(tmp_path, *flags)
-            sentences.append(str(error.value))
-
-    def second_at_once(*args):
-        with pytest.raises(InputError, match="another run is at work in it"):
-            train(tmp_path)
-    train(tmp_path, rollout=Disturbed(second), load_engine=second_at_once)
-    assert ["another run is at work in it" in sentence for sentence in sentences] == [True, True]
-    assert whole(tmp_path) == uninterrupted
+@pytest.mark.parametrize("out", ["seed.png", "seed.png/run", "x" * 300, "/proc/run"])
+def test_where_no_folder_can_be_made(out):
+    with pytest.raises(InputError, match=f"--out {ROOT / out}: no run can begin .*another folder"):
+        train(ROOT / out)
 
 
-def test_a_full_disk(tmp_path, uninterrupted, capsys):
-    """The device that is always full stands in the way of every new file."""
-    os.symlink("/dev/full", tmp_path / "seed.png.tmp")
-    assert "seed.png: it cannot be written (No space left on device)" in refused(tmp_path)
-    (tmp_path / "seed.png.tmp").unlink()
-    fill = lambda: os.symlink("/dev/full", tmp_path / "last.png.tmp")                                  # noqa: E731
-    assert "cannot be written (No space left on device); what was there before is whole" in refused(tmp_path, rollout=Disturbed(fill))
-    assert f"{tmp_path}/best.png" in capsys.readouterr().out
-    whole(tmp_path)
-    (tmp_path / "last.png.tmp").unlink()
-    train(tmp_path, "--resume")
-    assert whole(tmp_path) == uninterrupted
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MiB of its own."""
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(tmp_path)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("mounting needs root")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def test_a_disk_that_fills_up(small_disk, uninterrupted):
-    """Nothing left of 2 MiB at one moment, little at another: no broken file, and once there is room the run goes on."""
-    out, filler = small_disk / "run", small_disk / "filler"
-
-    def fill(spare):
-        filler.write_bytes(b"")
-        left = os.statvfs(small_disk)
-        filler.write_bytes(bytes(left.f_bavail * left.f_bsize - spare))
-    resume = []
-    for spare in (0, 4096, 20_000, 150_000):
-        sentence = refused(out, *resume, rollout=Disturbed(lambda: fill(spare), 5))
-        assert "it cannot be written (No space left on device)" in sentence
-        whole(out)
-        filler.unlink()
-        resume = ["--resume"]
-    train(out, "--resume")
-    assert whole(out) == uninterrupted
-
-
-def test_a_folder_that_cannot_be_written(small_disk, uninterrupted):
-    out = small_disk / "run"
-    mount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)     # noqa: E731
-    mount("ro")
-    assert "Read-only file system" in refused(out, load_engine=None)            # it is said before a model is loaded
-    mount("rw")
-    with pytest.raises(SystemExit):
-        train(out, rollout=Disturbed(stop))
-    mount("ro")
-    assert "it cannot be written (Read-only file system)" in refused(out, "--resume", load_engine=None)
-    mount("rw")
-    train(out, "--resume")
-    assert whole(out) == uninterrupted
-
-
-@pytest.mark.parametrize("out, reason", [("seed.png", "File exists"), ("seed.png/run", "Not a directory"),
-                                         ("x" * 300, "File name too long"), ("/proc/run", "No such file or directory")])
-def test_no_folder_can_be_made(out, reason):
-    assert f"--out {ROOT / out}: {reason}; name another folder." == refused(ROOT / out)
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    """The device that is always full stands where the new file is written."""
+    save(b"old", tmp_path / "a.png")
+    os.symlink("/dev/full", tmp_path / f".a.png.{os.getpid()}.tmp")
+    with pytest.raises(InputError, match=r"a\.png cannot be written \(No space left on device\)"):
+        save(b"new", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.png"]
 
 
 def test_a_save_reaches_the_disk_before_it_replaces(tmp_path, monkeypatch):
     """Written, flushed, renamed: in this order."""
     calls = []
+
+    def noted(name, real):
+        def call(*args):
+            unfinished, = tmp_path.glob(".a.*")
+            calls.append((name, unfinished.read_bytes()))
+            return real(*args)
+        return call
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(art.os, name, lambda *args, name=name, real=getattr(os, name): (
-            calls.append((name, (tmp_path / "a.tmp").read_bytes())), real(*args)))
-    art.save(b"whole", tmp_path / "a")
-    assert calls == [("fsync", b"whole"), ("replace", b"whole")] and (tmp_path / "a").read_bytes() == b"whole"
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    save(b"whole", tmp_path / "a")
+    assert calls == [("fsync", b"whole"), ("replace", b"whole")]
+    assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that are none
+
+def injected(what, value, steps):
+    """The quick loop's gradient, to which something happens in some of the steps."""
+    calls = []
+
+    def backward(model, processor, pixels, *args):
+        metrics, old_logps = quick_loop.backward(model, processor, pixels, *args)
+        calls.append(args)
+        if len(calls) in steps and what == "gradient":
+            pixels.logits.grad[0, 0, 0] = value
+        elif len(calls) in steps:
+            metrics[what] = value
+        return metrics, old_logps
+    return backward
+
+
+@pytest.mark.parametrize("what, value", [("gradient", math.nan), ("gradient", -math.inf),
+                                         ("loss", math.nan), ("mismatch", math.inf)])
+def test_a_step_that_is_no_number_is_skipped_and_counted(tmp_path, what, value):
+    """The pixels stay as they were, metrics.jsonl stays JSON, and the next step goes on."""
+    train(tmp_path, backward=injected(what, value, [3]), steps=6)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [line["skipped"] for line in metrics[1:]] == [0, 0, 1, 0, 0, 0]
+    assert metrics[3]["moved"] == metrics[2]["moved"] != metrics[4]["moved"]
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert torch.isfinite(state["logits"]).all()
+
+
+def test_ten_bad_steps_in_a_row_end_the_run_with_the_last_good_image(tmp_path):
+    with pytest.raises(InputError, match="ten steps in a row had a loss or gradient that is not"):
+        train(tmp_path / "bad", backward=injected("loss", math.nan, range(5, 100)), steps=100)
+    train(tmp_path / "good", steps=4)
+    bad, good = whole(tmp_path / "bad"), whole(tmp_path / "good")
+    assert len(bad["metrics"]) - 1 == 14
+    assert bad["logits"] == good["logits"] and bad["last.png"] == good["last.png"]
+
+
+def test_ten_bad_steps_in_all_do_not_end_the_run(tmp_path):
+    train(tmp_path, backward=injected("loss", math.nan, [*range(2, 11), *range(12, 21)]))
+    skipped = [line["skipped"] for line in whole(tmp_path)["metrics"][1:]]
+    assert len(skipped) == 30 and sum(skipped) == 18
+
+
+def test_the_first_ten_steps_may_be_the_bad_ones(tmp_path):
+    with pytest.raises(InputError, match="ten steps in a row"):
+        train(tmp_path, backward=injected("gradient", math.nan, range(1, 100)))
+    metrics = whole(tmp_path)["metrics"]
+    assert len(metrics) == 11 and metrics[10]["moved"] == 0
+
+
+def test_a_bad_second_update_keeps_the_first(tmp_path):
+    train(tmp_path / "two", "--updates", 2, backward=injected("loss", math.nan, [2]), steps=1)
+    train(tmp_path / "one", steps=1)
+    assert whole(tmp_path / "two")["logits"] == whole(tmp_path / "one")["logits"]
+    assert whole(tmp_path / "two")["metrics"][1]["skipped"] == 1
+
+
+def test_groups_that_are_all_equal_teach_nothing_and_break_nothing(tmp_path):
+    def equal(llm, prompts, image, group_size, *args):
+        return [[art.Completion(p, [1], [1], [-1.0], "", False)] * group_size for p in prompts]
+    train(tmp_path, rollout=equal, steps=12)
+    for line in whole(tmp_path)["metrics"][1:]:
+        assert line["groups"] == line["moved"] == line["reward"] == line["skipped"] == 0
+        assert line["sampled_groups"] == 4 * 4

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # a thread that waits is no thread at work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")         # a thread that waits does no work
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

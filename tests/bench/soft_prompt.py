@@ -94,7 +94,7 @@ def main():
     prompt = render(processor, behind(IMAGE, training[0]))
     soft = SoftPrompt(model, processor, prompt, art.load_seed(ROOT / "seed.png", 256))
     art.encode_image = take_features
-    optimizer = torch.optim.AdamW(soft.parameters(), args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([soft.logits], args.lr, weight_decay=0.0)
     prompts = art.endless_prompts(training, 0, skip=0)
     print_score(llm, processor, task, test, soft, f"{name}, before")
 
