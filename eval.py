@@ -6,8 +6,6 @@
 All arms answer the same questions. An arm is a picture file, `none` (the text alone), `random` (a
 fresh random picture for every question) or `string:N` (N fresh random text tokens for every
 question). The defaults are those of the paper's published evaluation (arXiv 2606.11854).
-
-From top to bottom: data, the three tasks, pictures, engine, arms, asking, scores, command line.
 """
 
 import signal
@@ -52,8 +50,8 @@ def first_line(error):
 # Data: rows of a benchmark, from the hub or from a local file in the benchmark's own schema
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-REMEDY = ("correct the name, connect to the Hugging Face hub or, if it is gated there, ask for access "
-          "on its page and set HF_TOKEN")
+REMEDY = ("correct the name, connect to the Hugging Face hub or, if it is gated there, ask for "
+          "access on its page and set HF_TOKEN")
 
 def read_rows(hub, split, data=None):
     """Rows of a data set on the hub ("repository:configuration" or "repository:file"), downloaded
@@ -182,7 +180,7 @@ NUMBER = re.compile(r"""
     (?! \d*-[a-z] )                                                 # no 20-year
     (?: \s?(?P<unit>K|thousand|million|billion)\b )?
     """, re.IGNORECASE | re.VERBOSE)
-UNITS = {"k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+UNITS = {"": 1, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 SIGNS = str.maketrans({"\xb2": "^2", "\xb3": "^3", "\xbc": " 1/4", "\xbd": " 1/2", "\xbe": " 3/4"})
 
 def gsm8k_example(row):
@@ -211,8 +209,7 @@ def number_value(match):
     digits = re.sub(r"\D", "", match["whole"]) or "0"
     value = Fraction(digits + (match["decimals"] or "")) / int(match["below"] or 1)
     value += Fraction(int(match["over"] or 0), int(match["under"] or 1))
-    value *= UNITS[match["unit"].lower()] if match["unit"] else 1
-    return -value if match["sign"] else value
+    return value * UNITS[(match["unit"] or "").lower()] * (-1 if match["sign"] else 1)
 
 def gsm8k_paper_answer(text):
     """The answer by the rule that made the paper's GSM8K figures, in their repository: behind the
@@ -328,8 +325,7 @@ def toolmind_example(row):
     messages, ids = [], []
     for i, turn in enumerate(history):
         text = text_of(turn.get("content")).strip()
-        if turn["role"] == "assistant":
-            text = without_thought(text).strip()
+        text = without_thought(text).strip() if turn["role"] == "assistant" else text
         message = {"role": turn["role"], "content": user_turn(text)[0]["content"] if text else []}
         if turn["role"] == "tool":
             message["tool_call_id"] = ids.pop(0) if ids else "call00000"
@@ -422,7 +418,7 @@ def toolmind_share(examples, split, name):
     return nsmallest(most, own, key=lambda e: key_hash(str(e["messages"])))
 
 TASKS = {
-    "gsm8k": Task("openai/gsm8k:main", gsm8k_example, gsm8k_answer, paper_answer=gsm8k_paper_answer),
+    "gsm8k": Task("openai/gsm8k:main", gsm8k_example, gsm8k_answer, None, gsm8k_paper_answer),
     "gpqa": Task("Idavidrein/gpqa:gpqa_extended", gpqa_example, gpqa_answer, gpqa_reward,
                  divide=gpqa_halves),
     "toolmind": Task("Nanbeige/ToolMind:graph_syn_datasets/graphsyn.jsonl", toolmind_example,
@@ -500,9 +496,8 @@ def behind(part, example):
 
 def render(processor, example):
     """The chat template's text, with the image's placeholder, up to where the answer begins."""
-    return processor.apply_chat_template(
-        example["messages"], tools=example["tools"], tokenize=False, add_generation_prompt=True,
-        enable_thinking=False)
+    options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return processor.apply_chat_template(example["messages"], tools=example["tools"], **options)
 
 def model_inputs(processor, text, image=None):
     """The processor's tensors for a prompt and its image: PIL, or float (3, H, W) in [0, 255]."""
@@ -516,15 +511,14 @@ def count_tokens(processor, example, image=None):
 def fitting(processor, examples, max_tokens, first_requests):
     """The examples whose prompts have at most `max_tokens` tokens, with what the longest request of
     the first one adds to it; says how many are left out. Raises InputError if all are."""
-    tokens = [count_tokens(processor, example) for example in examples]
-    more = max(count_tokens(processor, *request) for request in first_requests) - tokens[0]
-    most = max_tokens - more - 2                        # a string's ends may merge otherwise
-    kept = [example for example, count in zip(examples, tokens) if count <= most]
+    longest = max(count_tokens(processor, *request) for request in first_requests)
+    more = longest - count_tokens(processor, examples[0]) + 2           # 2: where a string ends
+    kept = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
+    if not kept:
+        raise InputError("--max-model-len: every prompt is longer; raise it.")
     if len(kept) < len(examples):
         print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: longer than "
               f"{max_tokens} tokens, --max-model-len less --max-new-tokens", file=sys.stderr)
-    if not kept:
-        raise InputError("--max-model-len: every prompt is longer; raise it.")
     return kept
 
 def is_resized(processor, width, height):
@@ -550,22 +544,21 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
         import torch
         from vllm import LLM
         from vllm.platforms import current_platform
-        options = {"gpu_memory_utilization": gpu_memory_utilization}
+        options = dict(gpu_memory_utilization=gpu_memory_utilization)
         if current_platform.is_cpu():
             torch._dynamo.config.disable = True         # no C++ compiler is needed
             # A prompt in pieces would make vLLM rewind its sampler's generator: not on a CPU.
-            options = {"enforce_eager": True, "enable_prefix_caching": False,
-                       "enable_chunked_prefill": False,
-                       "max_num_batched_tokens": max(4096, max_model_len)}
+            options = dict(enforce_eager=True, enable_prefix_caching=False,
+                           enable_chunked_prefill=False,
+                           max_num_batched_tokens=max(4096, max_model_len))
         if torch.distributed.is_initialized():
             options["distributed_executor_backend"] = "external_launcher"
         return LLM(
             model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             seed=rng, load_format="safetensors", limit_mm_per_prompt={"image": 1, "video": 0},
-            mm_processor_cache_gb=0.2,                  # of 4: each step has a new image
+            mm_processor_cache_gb=0.2, use_tqdm_on_load=False,     # each step has a new image
             generation_config="vllm",                   # no sampling default of the model's own
-            logprobs_mode="processed_logprobs",         # those of the tempered policy
-            use_tqdm_on_load=False, **options)
+            logprobs_mode="processed_logprobs", **options)         # of the tempered policy
     except Exception as error:                          # vLLM raises anything
         raise InputError(f"--model {model}: vLLM cannot start it ({' '.join(str(error).split())}); "
                          "without a GPU, tests/cpu/setup.sh installs a CPU build.") from error
@@ -611,10 +604,9 @@ def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
     """Ask vLLM in this process: for each of `arm_requests` its samples, [(text, tokens, whether
     the token limit ended it)]."""
     from vllm import SamplingParams
-    prompts = []
-    for example, picture in requests:
-        images = {} if picture is None else {"multi_modal_data": {"image": picture}}
-        prompts.append({"prompt": render(processor, example), **images})
+    prompts = [{"prompt": render(processor, example)} for example, _ in requests]
+    for prompt, (_, picture) in zip(prompts, requests):
+        prompt.update({} if picture is None else {"multi_modal_data": {"image": picture}})
     outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
                            use_tqdm=progress and sys.stderr.isatty())
     return [[(sample.text, len(sample.token_ids), sample.finish_reason == "length")
@@ -662,9 +654,8 @@ class Server:
                              messages=wire(example, picture), extra_body=more, **sampling, **tools)
         expected, found = count_tokens(processor, example, picture), response.usage.prompt_tokens
         if found != expected:
-            raise InputError(f"--server {self.url}: its prompt has {found} tokens and ours "
-                             f"{expected}, so scores would not compare: look for another model, "
-                             "--chat-template, --mm-processor-kwargs or "
+            raise InputError(f"--server {self.url}: its prompt has {found} tokens, not {expected}: "
+                             "look for another model, --chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
         if any(choice.message.content is None for choice in response.choices):
             raise InputError(f"--server {self.url}: it withholds the text of a completion: start "
@@ -674,7 +665,7 @@ class Server:
                 for choice in response.choices]
 
 def wire(example, picture):
-    """Messages of the OpenAI protocol: the picture is a data URL, calls' arguments are JSON text."""
+    """Messages of the OpenAI protocol: the picture is a data URL, calls' arguments are text."""
     messages = json.loads(json.dumps(example["messages"]))
     for message in messages:
         if IMAGE in message["content"]:
@@ -692,12 +683,11 @@ def wire(example, picture):
 def judge(task, example, samples):
     """What is kept of an example's samples: a dict of columns, with one value a sample."""
     texts, tokens, cut = zip(*samples)
-    answers = [task.answer(example, text) for text in texts]
     result = {"key": example["key"], "text": texts, "tokens": tokens, "cut": cut,
-              "score": [float(answer == example["target"]) for answer in answers],
-              "readable": [answer is not None for answer in answers]}
+              "score": [task.score(example, text) for text in texts],
+              "readable": [task.answer(example, text) is not None for text in texts]}
     if task.paper_answer:
-        answers = [task.paper_answer(text) for text in texts]
+        answers = map(task.paper_answer, texts)
         result["paper_score"] = [float(answer == example["target"]) for answer in answers]
     return result
 
@@ -735,8 +725,7 @@ def report(task, arms, baseline):
                       "by the paper's rule %": percent.get("paper_score", "-"),
                       f"pass@{scores.shape[1]} %": f"{100 * scores.max(1).mean():.2f}",
                       "readable %": percent["readable"], "cut %": percent["cut"],
-                      "tokens": f"{np.mean(results['tokens'].tolist()):.1f}",
-                      "PNG bytes": arm["bytes"] or "-"}
+                      "tokens": f"{np.mean(results['tokens'].tolist()):.1f}", "bytes": arm["bytes"]}
     print(f"\n{task}, n = {len(keys)}\n{pandas.DataFrame(rows).T.to_string()}")
 
 
@@ -756,15 +745,15 @@ def save(data, path):
         unfinished.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written ({error.strerror}).") from error
 
-def read_results(path):
-    """What earlier calls kept in `path`: {task: {arm: its record}}. Raises InputError."""
+def read_results(path, task):
+    """What earlier calls kept in `path` for a task: {arm: its record}. Raises InputError."""
     held = {}
     try:
         for line in open(path) if os.path.exists(path) else ():
-            if line.endswith("}\n"):                    # not one that a kill cut off
-                record = json.loads(line)
-                held.setdefault(record["task"], {})[record["arm"]] = record
-    except (OSError, ValueError, KeyError) as error:
+            record = json.loads(line) if line.endswith("}\n") else {}   # a kill may cut a line off
+            if record.get("task") == task:
+                held[record["arm"]] = record
+    except (OSError, ValueError) as error:
         raise InputError(f"--out {path} is no file of results ({first_line(error)}).") from error
     return held
 
@@ -784,7 +773,7 @@ def positive(text):
     return int(text)
 
 def score_arms(args, arms, held):
-    """Ask the questions of `args.task` behind the arms that `held` lacks, and add them to it."""
+    """Ask the questions behind the arms that `held` lacks, and add their records to it."""
     task, llm = TASKS[args.task], None
     server = Server(args.server, args.timeout) if args.server else None
     args.model = args.model or (server.model if server else "Qwen/Qwen3.5-0.8B")
@@ -795,39 +784,39 @@ def score_arms(args, arms, held):
                        [ask_as(examples[:1], arm)[0] for arm in arms.values()])
     sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens,
                 "presence_penalty": args.presence_penalty, "n": args.samples}
-    questions = hashlib.sha256(repr(examples).encode()).hexdigest()[:8]
     settings = {"model": args.model, "server": args.server, **sampling, "size": args.size,
-                "rng": args.rng, "questions": questions}
+                "rng": args.rng, "questions": key_hash(repr(examples))}
     if any(record["settings"] != settings for record in held.values()):
         raise InputError(f"--out {args.out}: its arms were scored with other settings, or on other "
                          "questions: name another file.")
     for name, arm in arms.items():
         record = {"task": args.task, "arm": name, "settings": settings, "pixels": None, "bytes": 0}
         if isinstance(arm, Image.Image):
-            pixels = str(arm.size).encode() + arm.tobytes()
-            record |= {"pixels": hashlib.sha256(pixels).hexdigest(), "bytes": len(png_bytes(arm))}
+            pixels = key_hash(f"{arm.size} {arm.tobytes().hex()}")
+            record.update(pixels=pixels, bytes=len(png_bytes(arm)))
             if is_resized(processor, *arm.size):
                 print(f"{name}: the model's processor resizes it, so that other pixels are scored",
                       file=sys.stderr)
         if name in held and held[name]["pixels"] == record["pixels"]:
             continue
+        requests = ask_as(examples, arm)
         if server:
-            answers = server.ask(processor, ask_as(examples, arm), sampling)
+            answers = server.ask(processor, requests, sampling)
         else:
             llm = llm or load_engine(args.model, args.max_model_len,
                                      gpu_memory_utilization=args.gpu_memory_utilization)
-            answers = ask_engine(llm, processor, ask_as(examples, arm), sampling, True)
-        results = [judge(task, example, samples) for example, samples in zip(examples, answers)]
-        held[name] = {**record, "results": results}
+            answers = ask_engine(llm, processor, requests, sampling, progress=True)
+        record["results"] = [judge(task, e, samples) for e, samples in zip(examples, answers)]
+        held[name] = record
         if args.out:
-            keep_result(args.out, "\n" + json.dumps(held[name]) + "\n")
+            keep_result(args.out, "\n" + json.dumps(record) + "\n")
 
 def parse_args():
     parser = argparse.ArgumentParser("eval.py", "eval.py ARM ... --task TASK [flags]", __doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("arms", nargs="*", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
-    add("--task", choices=TASKS, help="the benchmark")
+    add("arms", nargs="+", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
+    add("--task", choices=TASKS, required=True, help="the benchmark")
     add("--model", help="hub name or folder (the server's, or Qwen/Qwen3.5-0.8B)")
     add("--data", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema")
     add("--server", metavar="URL", help="ask http://HOST:8000/v1, with the key OPENAI_API_KEY")
@@ -846,26 +835,22 @@ def parse_args():
     return parser, parser.parse_args()
 
 def main(args):
+    if args.samples > 1 and not args.temperature:
+        raise InputError("--samples: greedy completions are all the same; give a --temperature.")
     arms = {}
     for name in args.arms:
         is_picture = not re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name)
         arms[name] = open_picture(name) if is_picture else name
-    held = read_results(args.out) if args.out else {}
-    if arms and not args.task or not arms and not held:
-        raise InputError("name a --task and arms: pictures, none, random or string:N.")
-    if args.samples > 1 and not args.temperature:
-        raise InputError("--samples: greedy completions are all the same; give a --temperature.")
-    if arms and args.out:
+    held = {}
+    if args.out:
+        held = read_results(args.out, args.task)
         keep_result(args.out, "")                       # that it cannot be is said before the work
-    if arms:
-        score_arms(args, arms, held.setdefault(args.task, {}))
-    for task, records in held.items():
-        baseline = args.baseline or next(iter(arms or records))
-        if baseline not in records:
-            raise InputError(f"--baseline {baseline}: it is none of the arms.")
-        print("\n" + str(records[baseline]["settings"]))
-        report(task, records, baseline)
-
+    baseline = args.baseline or args.arms[0]
+    if baseline not in {**arms, **held}:
+        raise InputError(f"--baseline {baseline}: it is none of the arms.")
+    score_arms(args, arms, held)
+    print(f"\n{held[baseline]['settings']}")
+    report(args.task, held, baseline)
 
 if __name__ == "__main__":
     PARSER, ARGS = parse_args()
