@@ -427,7 +427,7 @@ def load_state(args, settings):
         path.parent.mkdir(parents=True, exist_ok=True)
         state = torch.load(path, "cpu", weights_only=True) if path.exists() else None
     except Exception as error:                          # torch.load raises anything
-        raise InputError(f"--out {args.out}: it is broken ({type(error).__name__}).") from error
+        raise InputError(f"--out {args.out}: it holds no run ({type(error).__name__}).") from error
     if not args.resume and any(path.parent.iterdir()):
         raise InputError(f"--out {args.out}: it is not empty; go on with the run in it by "
                          "--resume, or name another folder.")

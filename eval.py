@@ -319,22 +319,16 @@ def calls_of(turn):
 
 def toolmind_example(row):
     *history, target = parsed(row["conversations"])
-    roles = [turn["role"] for turn in history]
+    roles, messages = [turn["role"] for turn in history], []
     if "user" not in roles or "system" in roles[1:] or not calls_of(target):
         return None                                     # chat templates refuse the former
-    messages, ids = [], []
-    for i, turn in enumerate(history):
+    for turn in history:
         text = text_of(turn.get("content")).strip()
         text = without_thought(text).strip() if turn["role"] == "assistant" else text
         message = {"role": turn["role"], "content": user_turn(text)[0]["content"] if text else []}
-        if turn["role"] == "tool":
-            message["tool_call_id"] = ids.pop(0) if ids else "call00000"
-        if calls := calls_of(turn):
-            ids = [f"call{i:02}{j:03}" for j in range(len(calls))]
-            functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-            message["tool_calls"] = [{"id": call_id, "type": "function", "function": function}
-                                     for call_id, function in zip(ids, functions)]
-        messages.append(message)
+        calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}
+                 for name, arguments in calls_of(turn)]
+        messages.append({**message, "tool_calls": calls} if calls else message)
     tools = [tool_schema(tool) for tool in parsed(row["tools"])]
     return {"key": text_of(history[roles.index("user")].get("content")), "messages": messages,
             "tools": tools, "target": comparable(calls_of(target), tools)}
@@ -673,6 +667,7 @@ def wire(example, picture):
             link = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
             message["content"][message["content"].index(IMAGE)] = link
         for call in message.get("tool_calls", ()):
+            call["id"] = "call"                         # the protocol wants one, templates do not
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     return messages
 

@@ -1,94 +1,112 @@
-"""The algorithm's two formulas against TRL's GRPOTrainer: code of the field that this project did not write."""
+"""The algorithm's two formulas against TRL's GRPOTrainer: code of the field that this project did
+not write."""
 
 import pytest
 import torch
 
 import art
 
-P, G, T = 6, 4, 9                                                       # prompts, completions of each, tokens of the longest
+P, G, T = 6, 4, 9                           # prompts, completions of each, tokens of the longest
 
 
 @pytest.fixture(scope="module")
 def trl_trainer(processor, tmp_path_factory):
-    """A real GRPOTrainer with DAPO's loss and clip, on a random text model; its reward function reads `rewards`."""
+    """A real GRPOTrainer with DAPO's loss and clip, on a random text model; its reward function
+    reads `rewards`."""
     from datasets import Dataset
     from transformers import Qwen2Config, Qwen2ForCausalLM
     from trl import GRPOConfig, GRPOTrainer
-    args = GRPOConfig(tmp_path_factory.mktemp("trl"), loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,
-                      num_generations=G, per_device_train_batch_size=P * G, gradient_accumulation_steps=1,
-                      steps_per_generation=1, max_completion_length=4, use_cpu=True, bf16=False, report_to="none")
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(processor.tokenizer), hidden_size=16, intermediate_size=16,
-                                         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
-    trainer = GRPOTrainer(model, lambda completions, **_: trainer.rewards, args, Dataset.from_list([{"prompt": "How many?"}]),
+    args = GRPOConfig(
+        tmp_path_factory.mktemp("trl"), loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,
+        num_generations=G, per_device_train_batch_size=P * G, gradient_accumulation_steps=1,
+        steps_per_generation=1, max_completion_length=4, use_cpu=True, bf16=False, report_to="none")
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(processor.tokenizer), hidden_size=16, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    trainer = GRPOTrainer(model, lambda completions, **_: trainer.rewards, args,
+                          Dataset.from_list([{"prompt": "How many?"}]),
                           processing_class=processor.tokenizer)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
 
 
+def their_loss(trainer, monkeypatch, logp, old_logp, advantages, mask, total_tokens, weight=None):
+    """TRL's loss of a batch whose logprobs are given."""
+    def logps_and_entropies(*_, **__):
+        return logp, torch.zeros(logp.shape), None
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", logps_and_entropies)
+    ones = torch.ones(len(logp), 1, dtype=torch.long)
+    return trainer._compute_loss(trainer.model, {
+        "prompt_ids": ones, "prompt_mask": ones, "completion_ids": ones.expand(-1, T),
+        "completion_mask": mask.long(), "advantages": advantages, "old_per_token_logps": old_logp,
+        "num_items_in_batch": total_tokens, "importance_sampling_ratio": weight})
+
+
 def test_advantages_are_trls(trl_trainer):
     torch.manual_seed(0)
-    rewards = torch.cat([torch.rand(P - 3, G), torch.tensor([[1.0, 0, 0, 0], [0.1] * G, [1.0] * G])])
+    rewards = [torch.rand(P - 3, G), torch.tensor([[1.0, 0, 0, 0], [0.1] * G, [1.0] * G])]
+    rewards = torch.cat(rewards)
     trl_trainer.rewards = rewards.flatten().tolist()
-    expected = trl_trainer._generate_and_score_completions([{"prompt": "How many?"}] * (P * G))["advantages"]
-    torch.testing.assert_close(art.group_advantages(rewards).flatten(), expected, rtol=1e-6, atol=1e-6)
-    assert (expected[-2 * G:].abs() < 1e-3).all() and expected[-3 * G] > 1          # equal groups carry nothing
+    rows = [{"prompt": "How many?"}] * (P * G)
+    expected = trl_trainer._generate_and_score_completions(rows)["advantages"]
+    ours = art.group_advantages(rewards).flatten()
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    assert (expected[-2 * G:].abs() < 1e-3).all() and expected[-3 * G] > 1      # equal: nothing
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_loss_and_gradient_are_trls(trl_trainer, monkeypatch, weighted, parts):
-    """Groups of unequal lengths, ratios on both sides of both clips; also cut into micro-batches, whose losses add up."""
+    """Groups of unequal lengths, ratios on both sides of both clips; also cut into micro-batches,
+    whose losses add up."""
     torch.manual_seed(parts)
     logp = (torch.randn(P * G, T, dtype=torch.double) - 2).requires_grad_()
     old_logp = logp.detach() + 0.5 * torch.randn_like(logp)
     mask = torch.arange(T) < torch.randint(1, T + 1, (P * G, 1))
     advantages = art.group_advantages(torch.rand(P, G)).flatten().double()
-    weight = torch.rand_like(old_logp) * 2 if weighted else None
-    for at, sign in ((0.8, -1), (1.28, 1)):                                        # both clips bite, for both signs
-        beyond = (((logp - old_logp).exp() - at) * sign > 0) & mask
-        assert (beyond & (advantages[:, None] > 0)).any() and (beyond & (advantages[:, None] < 0)).any()
+    weight = torch.rand_like(old_logp) * 2
+    for bound, sign in ((0.8, -1), (1.28, 1)):                  # both clips bite, for both signs
+        beyond = (((logp - old_logp).exp() - bound) * sign > 0) & mask
+        assert (beyond & (advantages[:, None] > 0)).any()
+        assert (beyond & (advantages[:, None] < 0)).any()
 
     monkeypatch.setattr(trl_trainer, "use_vllm", weighted)
     monkeypatch.setattr(trl_trainer, "vllm_importance_sampling_correction", weighted)
     expected, theirs, ours, clipped = 0.0, 0.0, 0.0, 0.0
     trl_trainer._metrics["train"].clear()
     for rows in torch.arange(P * G).chunk(parts):
-        monkeypatch.setattr(trl_trainer, "_get_per_token_logps_and_entropies",
-                            lambda *_, **__: (logp[rows], torch.zeros(len(rows), T), None))
-        theirs += trl_trainer._compute_loss(trl_trainer.model, {
-            "prompt_ids": torch.ones(len(rows), 1, dtype=torch.long), "prompt_mask": torch.ones(len(rows), 1, dtype=torch.long),
-            "completion_ids": torch.ones(len(rows), T, dtype=torch.long), "completion_mask": mask[rows].long(),
-            "advantages": advantages[rows], "old_per_token_logps": old_logp[rows], "num_items_in_batch": mask.sum(),
-            "importance_sampling_ratio": weight[rows] if weighted else None})
-        loss, metrics = art.dapo_loss(logp[rows], old_logp[rows], advantages[rows], mask[rows], total_tokens=int(mask.sum()),
-                                      weight=weight[rows] if weighted else None)
+        part = logp[rows], old_logp[rows], advantages[rows], mask[rows]
+        part_weight = weight[rows] if weighted else None
+        theirs += their_loss(trl_trainer, monkeypatch, *part, mask.sum(), part_weight)
+        loss, metrics = art.dapo_loss(*part, total_tokens=int(mask.sum()), weight=part_weight)
         ours, clipped = ours + loss, clipped + metrics["clip_fraction"]
-        expected += trl_trainer._metrics["train"]["clip_ratio/region_mean"][-1] * mask[rows].sum().item() / mask.sum().item()
+        share = mask[rows].sum().item() / mask.sum().item()
+        expected += trl_trainer._metrics["train"]["clip_ratio/region_mean"][-1] * share
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-    torch.testing.assert_close(*(torch.autograd.grad(x, logp)[0] for x in (ours, theirs)), rtol=1e-6, atol=1e-12)
+    gradients = [torch.autograd.grad(loss, logp, retain_graph=True)[0]
+                 for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
     assert clipped == pytest.approx(expected, rel=1e-5) and clipped > 0.1
 
 
 def test_where_ours_differs_equal_groups_leave_the_divisor(trl_trainer, monkeypatch):
-    """TRL keeps groups whose rewards are all equal: no gradient, but their tokens count. DAPO's dynamic sampling, and ours,
-    leaves them out, so the same tokens of the other groups weigh more."""
+    """TRL keeps groups whose rewards are all equal: no gradient, but their tokens count. DAPO's
+    dynamic sampling, and ours, leaves them out, so the tokens of the other groups weigh more."""
     torch.manual_seed(0)
     logp, rewards = torch.randn(P * G, T), torch.cat([torch.rand(P - 2, G), torch.ones(2, G)])
     mask, kept = torch.arange(T) < torch.randint(1, T + 1, (P * G, 1)), (P - 2) * G
     advantages = art.group_advantages(rewards).flatten()
-    monkeypatch.setattr(trl_trainer, "_get_per_token_logps_and_entropies", lambda *_, **__: (logp, torch.zeros(P * G, T), None))
-    theirs = trl_trainer._compute_loss(trl_trainer.model, {
-        "prompt_ids": torch.ones(P * G, 1, dtype=torch.long), "prompt_mask": torch.ones(P * G, 1, dtype=torch.long),
-        "completion_ids": torch.ones(P * G, T, dtype=torch.long), "completion_mask": mask.long(),
-        "advantages": advantages, "old_per_token_logps": logp, "num_items_in_batch": mask.sum()})
+    theirs = their_loss(trl_trainer, monkeypatch, logp, logp, advantages, mask, mask.sum())
     ours, _ = art.dapo_loss(logp[:kept], logp[:kept], advantages[:kept], mask[:kept])
-    assert ours.item() == pytest.approx(theirs.item() * mask.sum().item() / mask[:kept].sum().item(), rel=1e-4)
+    share = mask[:kept].sum().item() / mask.sum().item()
+    assert ours.item() == pytest.approx(theirs.item() / share, rel=1e-4)
 
 
 def test_overlong_penalty_is_equation_13_of_dapo():
-    """Point by point: 0 up to L_max - L_cache; ((L_max - L_cache) - |y|) / L_cache in between; -1 past L_max."""
-    longest, cache = 20480, 4096                                                    # the DAPO paper's own values
+    """0 up to L_max - L_cache; ((L_max - L_cache) - |y|) / L_cache in between; -1 past L_max."""
+    longest, cache = 20480, 4096                                    # the DAPO paper's own values
     for length in (0, 1, 16383, 16384, 16385, 18432, 20479, 20480, 20481, 40000):
-        expected = 0 if length <= longest - cache else -1 if length > longest else ((longest - cache) - length) / cache
+        between = ((longest - cache) - length) / cache
+        expected = 0 if length <= longest - cache else -1 if length > longest else between
         assert art.overlong_penalty(length, longest, cache) == expected

@@ -442,6 +442,7 @@ def step_table(llm, processor, task, examples, repetitions):
     model = art.load_model(str(TINY), "cuda" if GPU else "cpu")
     pixels = art.PixelLogits(art.load_seed(ROOT / "seed.png", 256)).to(model.device)
     optimizer = torch.optim.AdamW(pixels.parameters(), lr=0.0)
+    reward = task.reward or task.score
     spent = {part: [] for part in PARTS}
     folder = tempfile.TemporaryDirectory()
     for step in range(repetitions + 1):
@@ -457,7 +458,7 @@ def step_table(llm, processor, task, examples, repetitions):
         rewards = torch.zeros(4, 8)
         for i, example in enumerate(chosen):
             for j, completion in enumerate(groups[i]):
-                rewards[i, j] = task.reward(example, completion.text)
+                rewards[i, j] = reward(example, completion.text)
         advantages = art.group_advantages(rewards)
         marks.append(clock())
 
