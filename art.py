@@ -122,7 +122,7 @@ def rollout(llm, prompts, image, group_size, max_new_tokens=512, temperature=1.0
             ids, cut = list(sample.token_ids), sample.finish_reason == "length"
             logps = [at[token].logprob for token, at in zip(ids, sample.logprobs)]
             group.append(Completion(prompt, output.prompt_token_ids, ids, logps, sample.text, cut))
-        groups.append(group)
+        groups.append(sorted(group, key=lambda c: len(c.ids)))      # micro-batches pad little then
     return groups
 
 

@@ -529,8 +529,8 @@ def is_resized(processor, width, height):
         return True
 
 def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, rng=0):
-    """A vLLM engine for one image a prompt, on a GPU or, with a CPU build of vLLM, on the CPU; one
-    for each rank of torch.distributed. Raises InputError."""
+    """A vLLM engine for one image a prompt, on a GPU or, with a CPU build of vLLM, on the CPU.
+    Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
@@ -545,7 +545,7 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
             options = dict(enforce_eager=True, enable_prefix_caching=False,
                            enable_chunked_prefill=False,
                            max_num_batched_tokens=max(4096, max_model_len))
-        if torch.distributed.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:    # torchrun: an engine for each rank
             options["distributed_executor_backend"] = "external_launcher"
         return LLM(
             model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs,

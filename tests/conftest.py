@@ -9,6 +9,7 @@ from unittest import mock
 
 # Two processes whose threads wait for each other on the same cores take twenty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest                                                                           # noqa: E402
 
@@ -29,7 +30,7 @@ def data(task, split):
 # The programs, in a process of their own
 
 QUICK = ["--model", TINY, "--max-new-tokens", 48, "--max-model-len", 512, "--data"]
-ENV = {**os.environ, "HF_HUB_OFFLINE": "1"}
+ENV = dict(os.environ)
 
 
 def run(*command, cwd=ROOT, **env):

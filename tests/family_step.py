@@ -21,6 +21,8 @@ import eval as tasks                                                            
 from conftest import ONE_RANK, SEED, art_args, data, eval_main, prompt                  # noqa: E402
 from families import FAMILIES, ID, make                                                 # noqa: E402
 
+# Kept: an engine that ends would take the others' process group with it.
+ENGINES = []
 TAKEN = [name for name, family in FAMILIES.items() if family[-1]]
 
 
@@ -81,6 +83,7 @@ def measure(name, folder):
     def load_engine(*args, **options):
         with mock.patch.dict(os.environ, ONE_RANK):
             started.extend([] if started else [engine(*args, **options)])
+        ENGINES.extend(started)
         return started[0]
 
     def spy(model, processor, pixels, groups, advantages, *others):
@@ -121,7 +124,7 @@ def measure(name, folder):
             "gradient": expected.norm().item(), "reached": (expected != 0).float().mean().item(),
             "shared": far(gradient(model, processor, pixels, kept, rows), expected),
             "metrics": [json.loads(line) for line in open(folder / "run" / "metrics.jsonl")],
-            "arms": list(tasks.read_results(folder / "results.jsonl")["gsm8k"])}
+            "arms": list(tasks.read_results(folder / "results.jsonl", "gsm8k"))}
 
 
 if __name__ == "__main__":

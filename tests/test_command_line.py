@@ -14,148 +14,219 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT, TINY, data
+import art
+import eval as tasks
+from conftest import ENV, QUICK, ROOT, SEED, TINY, art_args, data, refused
+from test_resume import FILES
 
-QUICK = ["--model", str(TINY), "--max-new-tokens", "48", "--max-model-len", "512", "--data"]
-
-
-def run(*command, cwd=ROOT, **env):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1", **env})
-
-
-def refused(*command, **env):
-    """The one sentence with which a wrong input is refused."""
-    result = run(*command, **env)
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr and "Traceback" not in result.stdout
-    last = result.stderr.strip().splitlines()[-1]
-    assert re.match(r"(art|eval)\.py: error: ", last), result.stderr
-    return last
+ART = ["--task", "gsm8k", "--model", TINY, "--data", data("gsm8k", "train")]
+EVAL = ["none", "--task", "gsm8k", "--model", TINY, "--data", data("gsm8k", "test")]
 
 
-def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path):
-    """A short run from a folder with a space in its name: files, metrics, panel, and a better picture by its own slice."""
+# --------------------------------------------------------------------------------------------------
+# What works
+
+def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path, engine, capsys):
+    """A short run in a folder with a space in its name: files, metrics, panel, and a better
+    picture by its own slice. A second run does not overwrite the first."""
     out = tmp_path / "a run"
-    command = [ROOT / "art.py", "--task", "gsm8k", "--seed", ROOT / "seed.png", *QUICK, data("gsm8k", "train"), "--out", out,
-               "--steps", 8, "--prompts", 8, "--validate-every", 4, "--updates", 4]
-    result = run(*command, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["best.png", "last.png", "metrics.jsonl", "panel.png", "seed.png", "state.safetensors"]
+    flags = ["--task", "gsm8k", "--seed", SEED, *QUICK, data("gsm8k", "train"), "--steps", 8,
+             "--prompts", 8, "--validate-every", 4, "--updates", 2]
+    art.train(art_args(out, *flags))
+    assert set(os.listdir(out)) == FILES
     steps = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    assert [s["step"] for s in steps] == list(range(9))
-    validation = {s["step"]: s["validation"] for s in steps if "validation" in s}
-    assert list(validation) == [0, 4, 8] and max(validation.values()) >= validation[0] + 0.1
-    assert np.mean([s["score"] for s in steps[6:]]) > np.mean([s["score"] for s in steps[1:4]]) + 0.05
-    assert steps[1]["lr"] == pytest.approx(0.02) and steps[5]["lr"] == pytest.approx(0.1)
-    assert max(m["clip_fraction"] for m in steps[1:]) > 0                   # of the last of four updates: the clip works
-    for key in ("reward", "groups", "mismatch", "mismatch_max", "clip_fraction", "grad_norm", "moved", "loss", "cut", "length"):
+    assert [step["step"] for step in steps] == list(range(9))
+    validation = {step["step"]: step["validation"] for step in steps if "validation" in step}
+    assert list(validation) == [0, 4, 8]
+    assert max(validation.values()) >= validation[0] + 0.1
+    scores = [step["score"] for step in steps[1:]]
+    assert np.mean(scores[5:]) > np.mean(scores[:3]) + 0.05
+    assert [step["lr"] for step in (steps[1], steps[5])] == pytest.approx([0.02, 0.1])
+    assert max(step["clip_fraction"] for step in steps[1:]) > 0     # of the second update
+    for key in ("reward", "groups", "mismatch", "entropy", "clip_fraction", "ratio", "grad_norm",
+                "moved", "loss", "cut", "length", "skipped", "rollout_s", "trainer_s"):
         assert np.isfinite(steps[-1][key])
-    best, last = (Image.open(out / f"{n}.png") for n in ("best", "last"))
+    best, last, seed = (Image.open(path) for path in (out / "best.png", out / "last.png", SEED))
     assert best.size == last.size == (256, 256) and best.mode == "RGB"
-    moved = np.abs(np.asarray(last, dtype=int) - np.asarray(Image.open(ROOT / "seed.png"), dtype=int)).mean()
+    moved = np.abs(np.asarray(last, dtype=int) - np.asarray(seed.convert("RGB"), dtype=int)).mean()
     assert moved == pytest.approx(steps[-1]["moved"]) and 1 < moved < 64
-    assert re.search(r"step +8  reward 0\.\d+", result.stdout)
-    assert "holds a run already" in refused(*command)                           # a second run does not overwrite the first
-
-
-def run_to_step_2(out):
-    """A long run that has just printed its second step."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "art.py"), "--task", "gsm8k", *QUICK, data("gsm8k", "train"), "--out", str(out), "--steps", "500",
-         "--prompts", "4", "--validation", "16"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))        # ignored, where a shell put the tests aside
-    for line in process.stdout:
-        if line.startswith("step    2"):
-            break
-    return process
-
-
-def test_interrupting_leaves_whole_pictures_and_says_where(tmp_path):
-    process = run_to_step_2(tmp_path / "run")
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
-    assert str(tmp_path / "run" / "best.png") in out and str(tmp_path / "run" / "last.png") in out
-    for name in ("best.png", "last.png", "panel.png"):
-        Image.open(tmp_path / "run" / name).load()
-
-
-def test_kill_leaves_whole_pictures(tmp_path):
-    process = run_to_step_2(tmp_path / "run")
-    process.kill()
-    process.communicate()
-    for name in ("best.png", "last.png"):
-        Image.open(tmp_path / "run" / name).load()
+    assert re.search(r"^step 8  reward 0\.\d+", capsys.readouterr().out, re.MULTILINE)
+    with pytest.raises(tasks.InputError, match="it is not empty; go on with the run in it by --res"):
+        art.train(art_args(out, *flags))
 
 
 @pytest.mark.parametrize("task", ["gpqa", "toolmind"])
-def test_the_other_tasks_train_too(tmp_path, task):
-    result = run(ROOT / "art.py", "--task", task, "--seed", ROOT / "seed.png", *QUICK, data(task, "train"), "--out", tmp_path / "run",
-                 "--steps", 2, "--validation", 16, "--overlong-cache", 8)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(open(tmp_path / "run" / "metrics.jsonl").readlines()[-1])["groups"] > 0
+def test_the_other_tasks_train_too(tmp_path, engine, task):
+    art.train(art_args(tmp_path / "run", "--task", task, "--seed", SEED, *QUICK, data(task, "train"),
+                       "--steps", 2, "--validation", 16, "--overlong-cache", 8))
+    last = json.loads(open(tmp_path / "run" / "metrics.jsonl").readlines()[-1])
+    assert last["groups"] > 0 and last["validation"] > 0
 
 
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
+def started(*command, **options):
+    # SIGINT is ignored where a shell put the tests into the background
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=ENV, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)
+
+
+def test_ctrl_c_in_a_step_leaves_whole_pictures_and_says_what_goes_on(tmp_path):
+    process = started(ROOT / "art.py", "--task", "gsm8k", *QUICK, data("gsm8k", "train"),
+                      "--out", tmp_path / "run", "--steps", 500, "--validation", 16)
+    next(line for line in process.stdout if line.startswith("step 2"))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    said = f"interrupted: --resume goes on with what {tmp_path / 'run'} holds"
+    assert err.strip().splitlines()[-1] == said
+    for name in ("best.png", "last.png", "panel.png", "seed.png"):
+        Image.open(tmp_path / "run" / name).load()
+    assert len(open(tmp_path / "run" / "metrics.jsonl").readlines()) >= 3
+
+
+def test_ctrl_c_in_step_0_says_what_is_true(tmp_path, engine, monkeypatch, capsys):
+    """art.main with Ctrl-C while the seed is validated."""
+    def evaluate(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    monkeypatch.setattr(art, "evaluate", evaluate)
+    flags = [*ART, "--max-new-tokens", "48", "--max-model-len", "512", "--out", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["art.py", *map(str, flags)])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            art.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    said = f"interrupted: --resume goes on with what {tmp_path / 'run'} holds"
+    assert capsys.readouterr().err.strip().splitlines()[-1] == said
+    assert os.listdir(tmp_path / "run") == []
+    monkeypatch.undo()                                          # and so it does: it starts the run
+    monkeypatch.setattr(art, "load_engine", lambda *args: engine)
+    art.train(art_args(tmp_path / "run", *flags[:-2], "--steps", 1, "--validation", 8, "--resume"))
+    assert set(os.listdir(tmp_path / "run")) == FILES
+
+
+@pytest.mark.parametrize("command", [["art.py", *ART], ["eval.py", *EVAL]])
+@pytest.mark.parametrize("seconds", [0.3, 1.0])
+def test_ctrl_c_in_the_first_second_gives_no_traceback(command, seconds, tmp_path):
+    process = started(*command, "--out", tmp_path / "out")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in out + err, err
+
+
+# --------------------------------------------------------------------------------------------------
+# What is refused: one sentence and exit code 2
+
+@pytest.fixture
+def refused_here(monkeypatch, capsys):
+    """As `refused`, in this process, which saves the imports."""
+    def sentence(program, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, flags)])
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            if program == "art":
+                with pytest.raises(SystemExit) as exit:
+                    art.main()
+            else:
+                with pytest.raises(SystemExit) as exit:
+                    parser, args = tasks.parse_args()
+                    try:
+                        tasks.main(args)
+                    except tasks.InputError as error:       # as eval.py's last lines
+                        parser.error(str(error))
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit.value.code == 2 and last.startswith(f"{program}.py: error: "), last
+        return last
+    return sentence
+
+
+def test_both_programs_end_with_a_sentence_and_code_2():
+    assert "no.png: there is no such picture file" in refused("art.py", *ART, "--seed", "no.png")
+    assert "no.png: there is no such picture file" in refused("eval.py", "no.png", *EVAL)
+
+
+WRONG = [
+    ("art", ["--seed", "no such.png"], r"no such\.png: there is no such picture file"),
+    ("art", ["--seed", ROOT / "README.md"], r"README\.md: it is no readable picture"),
+    ("art", ["--task", "sudoku"], r"invalid choice: 'sudoku' \(choose from .?gsm8k.?, .?gpqa.?, "),
+    ("art", ["--size", "200"], r"--size 200: .* sizes that work near it: .*256"),
+    ("art", ["--group-size", "none"], r"argument --group-size: invalid .* value: 'none'"),
+    ("art", ["--steps", "-1"], r"argument --steps: invalid .* value: '-1'"),
+    ("art", ["--data", "rows.jsonl"], r"--data rows\.jsonl: there is no such "),
+    ("art", ["--data", data("gpqa", "train")], r"Record ID, Question.*openai/gsm8k"),
+    ("art", ["--limit", "5"], r"--prompts 4: only \d examples are left beside --validation"),
+    ("art", ["--model", ROOT / "tests"], r"--model .*tests cannot be loaded "),
+    ("art", ["--max-model-len", "520"], r"--max-model-len: every prompt is longer"),
+    ("eval", ["no such.png"], r"no such\.png: there is no such picture file"),
+    ("eval", ["--task", "sudoku"], r"invalid choice: 'sudoku'"),
+    ("eval", ["--data", "rows.txt"], r"--data rows\.txt: there is no such "),
+    ("eval", ["--limit", "0"], r"argument --limit: invalid .* value: '0'"),
+    ("eval", ["--samples", "2"], r"--samples: greedy completions .* give a --temperature"),
+    ("eval", ["--baseline", "best.png"], r"--baseline best\.png: it is none of the arms"),
+    ("eval", ["--out", "nowhere/results.jsonl"], r"--out nowhere/results\.jsonl cannot be written"),
+    ("eval", ["--out", ROOT], r"--out .* is no file of results"),
+    ("eval", ["--model", "nobody/nothing"], r"--model nobody/nothing cannot be loaded .*HF_TOKEN"),
+]
+
+
+@pytest.mark.parametrize("program, flags, sentence", WRONG)
+def test_a_wrong_input_gets_one_sentence(program, flags, sentence, refused_here, tmp_path,
+                                         monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags = [*(EVAL if program == "eval" else [*ART, "--out", tmp_path / "run"]), *flags]
+    if flags[-1] == "no such.png" and program == "eval":
+        flags = ["no such.png", *EVAL]
+    assert re.search(sentence, refused_here(program, *flags))
+
+
+def test_a_file_that_holds_no_results_is_not_written_to(refused_here, tmp_path, monkeypatch):
+    """A wrong --out could be anyone's notes."""
+    monkeypatch.setattr(tasks, "load_engine", None)
+    (tmp_path / "notes.md").write_text("# My notes\n\nfor ever\n")
+    sentence = refused_here("eval", *EVAL, "--out", tmp_path / "notes.md")
+    assert f"--out {tmp_path / 'notes.md'} is no file of results" in sentence
+    assert (tmp_path / "notes.md").read_text() == "# My notes\n\nfor ever\n"
+
+
+def test_nothing_to_score_is_said(refused_here):
+    assert "--task" in refused_here("eval", "none")
+    assert "ARM" in refused_here("eval", "--task", "gsm8k")
+
+
+def test_a_model_without_vision_is_refused(refused_here, tmp_path):
     """The tiny model's tokenizer with the configuration of a text-only model."""
-    folder = tmp_path_factory.mktemp("text model")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_bytes((TINY / name).read_bytes())
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
-    return folder
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sentence = refused_here("art", *ART, "--model", tmp_path)
+    assert f"--model {tmp_path}" in sentence and "image processor" in sentence
 
 
-ART = [ROOT / "art.py", "--task", "gsm8k", "--model", TINY, "--data", data("gsm8k", "train")]
-EVAL = [ROOT / "eval.py", "none", "--task", "gsm8k", "--model", TINY, "--data", data("gsm8k", "test")]
-
-
-@pytest.mark.parametrize("command, sentence", [
-    ([*ART, "--seed", "no such.png"], r"no such\.png: there is no such picture file"),
-    ([*ART, "--seed", ROOT / "README.md"], r"README\.md: it cannot be read as a picture"),
-    ([ROOT / "eval.py", "no such.png", *EVAL[2:]], r"no such\.png: there is no such picture file"),
-    ([ROOT / "art.py", "--task", "sudoku"], r"invalid choice: 'sudoku' \(choose from .?gsm8k.?, .?gpqa.?, .?toolmind.?\)"),
-    ([*ART, "--size", "200"], r"--size 200: .* sizes that work near it: .*256"),
-    ([*ART, "--group-size", "1"], r"argument --group-size: invalid number \(at least 2\) \(at most 1024\) value: '1'"),
-    ([*ART, "--data", "rows.jsonl"], r"--data rows\.jsonl: there is no such file"),
-    ([*ART, "--data", data("gpqa", "train")], r"a row lacks question, answer \(it has Record ID, .*\); this task reads question, answer"),
-    ([*ART, "--limit", "5"], r"5 training examples|fewer than --prompts"),
-    ([*ART, "--model", ROOT / "tests"], r"--model .*tests: it is no model folder, for it holds no config\.json"),
-    ([*EVAL, "--model", "nobody/nothing"], r"--model nobody/nothing .*(could not be fetched|neither a local path)"),
-    ([ROOT / "eval.py", "none", "--task", "gsm8k", "--model", TINY], r"openai/gsm8k.* could not be fetched from the Hugging Face hub"),
-])
-def test_a_wrong_input_gets_one_sentence(command, sentence):
-    assert re.search(sentence, refused(*command))
-
-
-def test_a_model_without_vision_is_refused(text_model):
-    assert "ART needs a model that takes images" in refused(*ART, "--model", text_model)
-
-
-@pytest.mark.parametrize("module, sentence", [
-    ("raise ImportError('libcudart.so: cannot open shared object file')", r"vLLM cannot be imported \(libcudart.*tests/setup\.sh"),
-    ("LLM = None", r"GPU build on a machine without a GPU; .*tests/setup\.sh"),
-])
-def test_no_gpu_and_no_cpu_build_of_vllm(tmp_path, module, sentence):
-    """A vLLM that does not import, and one that finds no device, stand in for a GPU build on this machine."""
+def test_a_vllm_that_does_not_import(tmp_path):
     (tmp_path / "vllm").mkdir()
-    (tmp_path / "vllm" / "__init__.py").write_text(module)
-    (tmp_path / "vllm" / "platforms.py").write_text(
-        "class P:\n    is_unspecified = lambda self: True\ncurrent_platform = P()")
-    assert re.search(sentence, refused(*EVAL, PYTHONPATH=str(tmp_path)))
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('libcudart.so: not here')")
+    sentence = refused("eval.py", *EVAL, PYTHONPATH=str(tmp_path))
+    assert re.search(r"vLLM cannot start it \(libcudart.*tests/cpu/setup\.sh", sentence)
 
 
 @pytest.fixture
 def hub():
-    """A stand-in for the hub on this machine, since the real one is out of reach: gpqa is gated, all else is unknown."""
+    """A stand-in for the hub, which is out of reach: gpqa is gated there, all else is unknown."""
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
             gated = "gpqa" in self.path and "/resolve/" in self.path
             listed = "gpqa" in self.path and not gated
             body = b'{"id": "Idavidrein/gpqa", "sha": "0", "siblings": []}'
             if "/paths-info/" in self.path or "/tree/" in self.path:
-                body = json.dumps([{"type": "file", "path": "gpqa_extended.csv", "size": 10, "oid": "0"}]).encode()
+                file = {"type": "file", "path": "gpqa_extended.csv", "size": 10, "oid": "0"}
+                body = json.dumps([file]).encode()
             self.send_response(200 if listed else 403 if gated else 404)
             self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
             self.send_header("Content-Length", str(len(body) if listed else 0))
@@ -167,7 +238,9 @@ def hub():
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.do_GET()
         do_HEAD = do_GET
-        log_message = lambda self, *_: None                                                             # noqa: E731
+
+        def log_message(self, *args):
+            pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -175,18 +248,32 @@ def hub():
     server.shutdown()
 
 
+def online(endpoint, tmp_path):
+    return {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+
+
 def test_a_gated_data_set_says_where_to_ask(hub, tmp_path):
-    sentence = refused(ROOT / "eval.py", "none", "--task", "gpqa", "--model", TINY, HF_ENDPOINT=hub, HF_HUB_OFFLINE="0",
-                       HF_HOME=str(tmp_path))
-    assert "Idavidrein/gpqa" in sentence and "is gated: ask for access" in sentence and "HF_TOKEN" in sentence
+    command = ["eval.py", "none", "--task", "gpqa", "--model", TINY]
+    sentence = refused(*command, **online(hub, tmp_path))
+    assert "Idavidrein/gpqa" in sentence and "gated" in sentence
+    assert "ask for access on its page" in sentence and "HF_TOKEN" in sentence
 
 
 def test_an_unknown_model_on_the_hub(hub, tmp_path):
-    sentence = refused(*EVAL, "--model", "nobody/nothing", HF_ENDPOINT=hub, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
-    assert "nobody/nothing is neither a local path nor a public repository" in sentence
+    sentence = refused("eval.py", *EVAL, "--model", "nobody/nothing", **online(hub, tmp_path))
+    assert "--model nobody/nothing cannot be loaded" in sentence and "correct the name" in sentence
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path):
-    start = time.time()
-    sentence = refused(*EVAL, "--model", "nobody/nothing", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path))
-    assert "nobody/nothing" in sentence and "could not be fetched" in sentence and time.time() - start < 90
+    """For the model and for the data; both at once, for they mostly wait."""
+    start, away = time.time(), {**ENV, **online("http://127.0.0.1:9", tmp_path)}
+    commands = [["eval.py", *EVAL, "--model", "nobody/nothing"],
+                ["eval.py", "none", "--task", "gsm8k", "--model", TINY]]
+    processes = [subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=away, text=True,
+                                  stderr=subprocess.PIPE) for command in commands]
+    for process, named in zip(processes, ("nobody/nothing", "openai/gsm8k")):
+        _, err = process.communicate(timeout=120)
+        last = err.strip().splitlines()[-1]
+        assert process.returncode == 2 and last.startswith("eval.py: error: "), err
+        assert named in last and "connect to the Hugging Face" in last
+    assert time.time() - start < 90
