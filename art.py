@@ -440,7 +440,7 @@ def load_state(args, settings):
 def finish_step(args, settings, history, pixels, optimizer, seed_image):
     """Write what a run leaves after a step, the last of its `history` of metrics; print it."""
     out, image, metrics = Path(args.out), pixels.to_image(), history[-1]
-    metrics["moved"] = float(np.abs(np.subtract(image, seed_image, dtype=int)).mean())
+    metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
     notes = {"Software": "art.py, ART as of arXiv 2606.11854", "step": metrics["step"]}
     for name, value in settings.items():                        # of local paths, the last part
         notes[name] = Path(value).name if os.path.exists(str(value)) else value
