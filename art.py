@@ -525,7 +525,7 @@ def train(args):
         history.append(metrics)
         if RANK == 0:
             finish_step(args, settings, history, pixels, optimizer, seed_image)
-        if len(history) > 10 and all(metrics.get("skipped") for metrics in history[-10:]):
+        if sum(metrics.get("skipped", 0) for metrics in history[-10:]) == 10:
             raise InputError("--lr: ten steps in a row had a loss or gradient that is not finite.")
 
 FLAGS = {

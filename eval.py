@@ -67,6 +67,8 @@ def read_rows(hub, split, data=None):
         if reader is None or not os.path.isfile(data):
             raise InputError(f"--data {data}: there is no such {', '.join(READERS)} file.")
         options, columns = {"path": reader, "split": "train", "data_files": str(data)}, ()
+        if reader == "csv":
+            options["keep_default_na"] = False          # "None" and "NA" are answers, too
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
@@ -336,8 +338,9 @@ def toolmind_example(row):
 def canonical(value, schema):
     """A tool argument in comparable form. The schema says whether "5" is a text; 1.0 is 1."""
     schema = schema if isinstance(schema, dict) else {}
-    for branch in schema.get("anyOf") or schema.get("oneOf") or ():
-        if branch.get("type") != "null":
+    branches = schema.get("anyOf") or schema.get("oneOf")
+    for branch in branches if isinstance(branches, list) else ():
+        if isinstance(branch, dict) and branch.get("type") != "null":
             return canonical(value, branch)
     inner = parsed({"True": "true", "False": "false", "None": "null"}.get(value, value)
                    if isinstance(value, str) else value)
@@ -346,8 +349,9 @@ def canonical(value, schema):
         is_plain = isinstance(value, str) and not isinstance(inner, (dict, list))
         return value if is_plain else json.dumps(inner, sort_keys=True)
     if isinstance(inner, dict):
-        properties, other = schema.get("properties") or {}, schema.get("additionalProperties")
-        return {name: canonical(item, properties.get(name, other)) for name, item in inner.items()}
+        named, other = schema.get("properties"), schema.get("additionalProperties")
+        named = named if isinstance(named, dict) else {}
+        return {name: canonical(item, named.get(name, other)) for name, item in inner.items()}
     if isinstance(inner, list):
         return [canonical(item, schema.get("items")) for item in inner]
     return int(inner) if isinstance(inner, float) and inner.is_integer() else inner
@@ -745,7 +749,8 @@ def read_results(path, task):
     held = {}
     try:
         for line in open(path) if os.path.exists(path) else ():
-            record = json.loads(line) if line.endswith("}\n") else {}   # a kill may cut a line off
+            is_cut_off = line.startswith("{") and not line.endswith("}\n")       # by a kill
+            record = json.loads(line) if line.strip() and not is_cut_off else {}
             if record.get("task") == task:
                 held[record["arm"]] = record
     except (OSError, ValueError) as error:
