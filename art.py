@@ -43,10 +43,9 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from transformers import AutoModelForImageTextToText, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
-from eval import (IMAGE, TASKS, TEMPLATED, InputError, behind, evaluate, fitting,
-                  is_resized, load_engine, load_processor, model_inputs, open_picture, png_bytes,
+from eval import (IMAGE, TASKS, TEMPLATED, InputError, behind, evaluate, fitting, is_resized,
+                  key_hash, load_engine, load_processor, model_inputs, open_picture, png_bytes,
                   positive, render, save)
-
 
 # --------------------------------------------------------------------------------------------------
 # 1. Seed
@@ -57,7 +56,6 @@ def load_seed(path, size):
         return (255 * torch.sigmoid(0.1 * torch.randn(3, size, size))).round().to(torch.uint8)
     picture = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
-
 
 # --------------------------------------------------------------------------------------------------
 # 2. Pixels
@@ -92,7 +90,6 @@ class PixelLogits(nn.Module):
         seed = seed.to(self.logits.device, torch.float)
         self.logits.clamp_(logits_of(seed - max_change), logits_of(seed + max_change))
 
-
 # --------------------------------------------------------------------------------------------------
 # 3. Rollout
 
@@ -125,7 +122,6 @@ def rollout(llm, prompts, image, group_size, max_new_tokens=512, temperature=1.0
         groups.append(sorted(group, key=lambda c: len(c.ids)))      # micro-batches pad little then
     return groups
 
-
 # --------------------------------------------------------------------------------------------------
 # 4. Rewards and advantages
 
@@ -140,7 +136,6 @@ def group_advantages(rewards, eps=1e-4):
     verl with Bessel's correction."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
 
-
 # --------------------------------------------------------------------------------------------------
 # 5. Loss
 
@@ -150,7 +145,7 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 
     logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,). The sum
     over tokens is divided by `total_tokens`, those of the whole step (None: of `mask`), so that the
-    micro-batches' losses and metrics add up. `weight`: for the sampler's slightly different policy.
+    micro-batches' losses and metrics add up. `weight`: importance weights trainer / vLLM, or None.
     """
     total_tokens = total_tokens or int(mask.sum())
     advantages = advantages[:, None]                                        # (N, 1)
@@ -164,21 +159,20 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
                "ratio": (ratio.detach() * mask).sum().item() / total_tokens}
     return -surrogate.masked_fill(~mask, 0.0).sum() / total_tokens, metrics
 
-
 # --------------------------------------------------------------------------------------------------
 # 6. Backward through the frozen model
 #   pixels -> vision tower -> image features -> prefix of prompt 1 -> its G completions -> loss
 #             once a step     ^              -> prefix of prompt 2 -> its G completions -> loss
 #                             gradients         once a group     ^    in micro-batches
 #                             meet here                          and here
-# The trained image stands at the front of every sequence. So what sequences share is computed once:
-# a group costs P + G*C tokens, not G*(P + C). The graph is cut at both places (`cut_graph`): the
-# gradients of all that follows add up there before they go on, once, to what lies in front.
-# Hidden state: transformers keeps `rope_deltas`, the offset of a token's position behind an image,
-# in the model. The prefix sets it, and its completions rely on it.
+# All sequences share the image, those of a group its prompt, too: each is computed once. A group
+# costs prompt + G * completion tokens, not G * (prompt + completion). The graph is cut at both
+# places (`cut_graph`): gradients of what follows add up there before they go on, once, to the front.
+# Beware: transformers keeps `rope_deltas`, the offset of positions behind an image, in the model
+# object. The prefix sets it, and its completions rely on it.
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
-    """transformers' layer copies its state in place, over what backward needs: this one assigns."""
+    """transformers overwrites the recurrent state, which backward still needs: this assigns."""
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
@@ -196,7 +190,7 @@ def graph_cache(model):
 
 def encode_image(model, processor, prompt, image):
     """Features of a float (3, H, W) image in [0, 255], with their graph. The model's own processor
-    is differentiable and gives the PNG's values; some set their options by a prompt, any."""
+    is differentiable and gives the PNG's values; some need a text beside it: any prompt will do."""
     inputs = model_inputs(processor, prompt, image).to(model.device)
     names = processor.image_processor.model_input_names
     inputs = {name: value for name, value in inputs.items() if name in names}
@@ -223,6 +217,7 @@ def completion_logprobs(model, prefix, ids, mask, temperature=1.0):
     # Padding stands on the right, where causal attention cannot see it. Without an image in the
     # call, a sampled image placeholder is an ordinary token, as it is to vLLM.
     states = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    # State t - 1 predicts token t.
     hidden = torch.cat([repeat(last_state), states.last_hidden_state[:, :-1]], dim=1)
     logps = TokenLogprobs.apply(hidden[mask], ids[mask], model.get_output_embeddings(), temperature)
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logps)
@@ -230,8 +225,8 @@ def completion_logprobs(model, prefix, ids, mask, temperature=1.0):
 class TokenLogprobs(torch.autograd.Function):
     """Logprobs (M,) of `targets` (M,) from the last hidden states (M, hidden) and the output layer.
 
-    The slope of a logprob, (onehot - p) @ W / temperature, is only as large as the hidden state. It
-    is kept instead of logits, `chunk` tokens at a time: those of a batch would be gigabytes.
+    The slope d logp / d hidden = (onehot - p) @ W / temperature is only as large as `hidden`.
+    It is kept instead of logits, `chunk` tokens at a time: those of a batch would be gigabytes.
     """
     @staticmethod
     def forward(ctx, hidden, targets, output, temperature=1.0, chunk=512):
@@ -280,9 +275,9 @@ def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_l
     that first update. `total_tokens`: the completion tokens of the whole step, where `groups` are a
     part of it: gradients and metrics of parts add up. Returns (metrics of the step, old_logps).
     """
-    metrics, new_old_logps, device = Counter(), [], model.device
+    metrics, kept_logps, device = Counter(), [], model.device
     if not groups:
-        return metrics, new_old_logps
+        return metrics, kept_logps
     total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
     features, finish_image = cut_graph(
         encode_image(model, processor, groups[0][0].prompt, pixels()))
@@ -290,6 +285,7 @@ def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_l
         inputs = model_inputs(processor, group[0].prompt, pixels.to_image()).to(device)
         if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
             raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
+        # One unpadded prompt needs no mask.
         inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "attention_mask")}
         prefix, finish_prefix = cut_graph(run_prefix(model, inputs, features))
         room = tokens_per_microbatch - len(group[0].prompt_ids)
@@ -300,8 +296,8 @@ def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_l
             mask = pad([[True] * len(c.ids) for c in part], torch.bool, device)
             sampled_logp = pad([c.logps for c in part], torch.float, device)
             logp = completion_logprobs(model, prefix, ids, mask, temperature)
-            old_logp = logp.detach() if old_logps is None else old_logps[len(new_old_logps)]
-            new_old_logps.append(old_logp)
+            old_logp = logp.detach() if old_logps is None else old_logps[len(kept_logps)]
+            kept_logps.append(old_logp)
             gap = (old_logp - sampled_logp).masked_fill(~mask, 0.0)         # trainer against engine
             weight = gap.exp().clamp(max=weight_cap) if weight_cap else None
             part_advantage = group_advantage[start:start + size].to(device)
@@ -313,8 +309,7 @@ def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_l
                            mismatch=gap.abs().sum().item() / total_tokens)
         finish_prefix()
     finish_image()
-    return metrics, new_old_logps
-
+    return metrics, kept_logps
 
 # --------------------------------------------------------------------------------------------------
 # 7. The loop, and what it needs
@@ -351,7 +346,7 @@ def check_size(processor, size):
                          f"sizes that work near it: {', '.join(map(str, works)) or 'none'}.")
 
 def load_examples(args, task, processor, seed_image):
-    """(training examples, validation examples), in whatever order the rows are."""
+    """(training examples, validation examples); which is which does not depend on their order."""
     examples = task.load("train", args.data, args.limit)
     examples = fitting(processor, examples, args.max_model_len - args.max_new_tokens,
                        [(behind(IMAGE, examples[0]), seed_image)])
@@ -365,19 +360,19 @@ def load_examples(args, task, processor, seed_image):
                          f"--validation {args.validation}; lower one, or give more data.")
     return training, validation
 
-def endless_prompts(examples, rng, skip):
-    """Yield (random number seed, example) for ever, less the first `skip`: all, then all again."""
-    order, number = random.Random(rng), 0
+def endless_prompts(examples, rng, used):
+    """Yield (random number seed, example) for ever, in random order, less the first `used`."""
+    shuffle, number = random.Random(rng), 0
     while True:
-        for example in order.sample(examples, len(examples)):
-            if number >= skip:
+        for example in shuffle.sample(examples, len(examples)):
+            if number >= used:
                 yield random.Random(f"{rng} {number}").getrandbits(62), example
             number += 1
 
 def sample_groups(llm, processor, task, prompts, image, args):
-    """Dynamic sampling: roll out until `args.prompts` groups hold right and wrong answers, at most
-    `args.rounds` times; the ranks share the prompts of each. Returns the kept groups of all ranks,
-    their (P, G) rewards, and metrics over everything that was sampled."""
+    """Dynamic sampling: roll out until `args.prompts` groups hold both right and wrong answers, at
+    most `args.rounds` times; each rank samples its part of a round. Returns the kept groups of all
+    ranks, their (P, G) rewards, and metrics over everything that was sampled."""
     kept, rewards, seen = [], [], []
     for _ in range(args.rounds):
         rngs, examples = zip(*(next(prompts) for _ in range(args.prompts - len(kept))))
@@ -426,12 +421,13 @@ def load_state(args, settings):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = torch.load(path, "cpu", weights_only=True) if path.exists() else None
+        before = state["settings"] if state else settings
+        others = [name for name in settings if before.get(name) != settings[name]]
     except Exception as error:                          # torch.load raises anything
         raise InputError(f"--out {args.out}: it holds no run ({type(error).__name__}).") from error
     if not args.resume and any(path.parent.iterdir()):
         raise InputError(f"--out {args.out}: it is not empty; go on with the run in it by "
                          "--resume, or name another folder.")
-    others = [name for name in settings if state and state["settings"].get(name) != settings[name]]
     if others:
         raise InputError(f"--resume: the run in {args.out} has another {', '.join(others)}; give "
                          "its flags again, or another --out.")
@@ -443,7 +439,7 @@ def finish_step(args, settings, history, pixels, optimizer, seed_image):
     metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
     notes = {"Software": "art.py, ART as of arXiv 2606.11854", "step": metrics["step"]}
     for name, value in settings.items():                        # of local paths, the last part
-        notes[name] = Path(value).name if os.path.exists(str(value)) else value
+        notes[name] = Path(str(value)).name if os.path.exists(str(value)) else value
     save(png_bytes(image, notes), out / "last.png")
     if "validation" in metrics:
         save(png_bytes(seed_image), out / "seed.png")           # as cropped and scaled
@@ -470,7 +466,6 @@ def panel(seed, image):
 
 def train(args):
     """Train one image as the flags say; what it makes lies in the folder `args.out`."""
-    torch.manual_seed(args.rng)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     task, processor = TASKS[args.task], load_processor(args.model)
     check_size(processor, args.size)
@@ -480,6 +475,7 @@ def train(args):
     optimizer = torch.optim.AdamW(pixels.parameters(), args.lr, args.betas, weight_decay=decay)
     examples, validation = load_examples(args, task, processor, seed_image)
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    settings["inputs"] = key_hash(f"{examples} {seed_image.tobytes().hex()}")
     history = []                                                # the metrics of each step
     if state := gather(load_state(args, settings) if RANK == 0 else None)[0]:
         history = state["history"]
@@ -488,8 +484,8 @@ def train(args):
     llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
                       args.gpu_memory_utilization, args.rng)
     model = load_model(args.model, device)
-    skip = sum(metrics.get("sampled_groups", 0) for metrics in history)
-    prompts = endless_prompts(examples, args.rng, skip)
+    used = sum(metrics.get("sampled_groups", 0) for metrics in history)
+    prompts = endless_prompts(examples, args.rng, used)
     loss = partial(dapo_loss, eps_low=args.eps_low, eps_high=args.eps_high)
 
     for step in range(len(history), args.steps + 1):            # step 0 only validates the seed
@@ -503,7 +499,7 @@ def train(args):
             # 4. Advantages
             advantages, old_logps = group_advantages(rewards), None
             total_tokens = sum(len(c.ids) for group in groups for c in group)
-            metrics["lr"] = args.lr * min(1.0, step / max(1, args.warmup))
+            metrics["lr"] = args.lr * min(1.0, step / args.warmup)
             optimizer.param_groups[0]["lr"] = metrics["lr"]
             for _ in range(args.updates):
                 # 5. Loss, and 6. its gradient, from this rank's share of the groups
@@ -526,7 +522,8 @@ def train(args):
         if RANK == 0:
             finish_step(args, settings, history, pixels, optimizer, seed_image)
         if sum(metrics.get("skipped", 0) for metrics in history[-10:]) == 10:
-            raise InputError("--lr: ten steps in a row had a loss or gradient that is not finite.")
+            raise InputError("--lr: ten steps in a row had a loss or gradient that is not finite; "
+                             "lower it.")
 
 FLAGS = {
     # Known from the paper (of --prompts, the product with --group-size)
@@ -543,7 +540,7 @@ FLAGS = {
     "weight-decay": (0.0, "AdamW's; any pulls the image to grey"),
     "max-change": (255, "most levels that a pixel may differ from the seed's"),
     "updates": (1, "for each rollout batch; the clip works from the second on"),
-    "rounds": (4, "of sampling in a step, to replace groups that are all right or all wrong"),
+    "rounds": (4, "sampling rounds a step, to replace groups that are all right or all wrong"),
     "overlong-cache": (0, "last tokens before the limit, over which punishment grows; 0: none"),
     "weight-cap": (2.0, "cap of the importance weight trainer / vLLM; 0: no weight"),
     "max-new-tokens": (512, "a completion is cut off there"),
@@ -579,7 +576,10 @@ def parse_args():
 def main():
     parser, args = parse_args()
     args.out = args.out or f"runs/{args.task}"
+    if args.group_size < 2 or args.temperature < 0.01:
+        parser.error("--group-size must be at least 2, and --temperature at least 0.01.")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.manual_seed(args.rng)
     if WORLD_SIZE > 1:
         distributed.init_process_group("gloo")
     try:

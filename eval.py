@@ -45,7 +45,6 @@ class InputError(Exception):
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
-
 # --------------------------------------------------------------------------------------------------
 # Data: rows of a benchmark, from the hub or from a local file in the benchmark's own schema
 
@@ -74,7 +73,7 @@ def read_rows(hub, split, data=None):
     try:
         if options["path"] == "json":
             columns = next(iter(datasets.load_dataset(**options, streaming=True)), {})
-        # As structs of Arrow, all values of a column would get the same keys.
+        # Json keeps each value's own keys; Arrow's structs would give all of them the same.
         features = datasets.Features({name: datasets.Json() for name in columns})
         return datasets.load_dataset(**options, features=features or None)
     except Exception as error:                          # pyarrow, pandas and the hub raise anything
@@ -96,7 +95,7 @@ class Task:
                              Rows of one key never cross a split; the messages hold no image.
     answer(example, text) -> what is read from a completion, comparable with `target`, or None
     reward(example, text) -> training reward, 1 only for the right answer; None: the score
-    divide(examples, split, name) -> the split's share of the file `name`, if it is published whole
+    divide(examples, split, name) -> for data published as one file, `name`: the split's part of it
     """
     hub: str
     example: Callable
@@ -162,13 +161,12 @@ def answer_lines(text):
         line = re.sub(r"(?<!\d)\*\*(?=\S)|(?<=\S)\*\*(?!\d)", "", line)         # **18**
         yield re.sub(r"\\[a-z]+|[\\{}$\u20ac\u00a3%`\"]|^[*_\s:]+", "", line)
 
-
 # --------------------------------------------------------------------------------------------------
-# GSM8K. An answer is what follows the last "Answer:" (or "answer is", "\boxed{", "####"), up to the
-# full stop behind its number and from its last "=", "is" or ": " behind which a single number
-# stands. Brackets behind a number, what follows "not" or "because", numbers in words (20-year) and,
-# beside another one, a number behind a preposition (in 5 years) say nothing. Right is the one
-# number left, if it is the reference; two (18 or 20, 3 x 6, 5 dollars and 50 cents) are no answer.
+# GSM8K. An answer is the line behind the last "Answer:" (or "answer is", "\boxed{", "####"), up to
+# the full stop behind its number; of it, the part behind the last "=", "is" or ": " that holds a
+# single number counts. Brackets behind a number, what follows "not" or "because", numbers in words
+# (20-year) and, beside another one, a number behind a preposition (in 5 years) say nothing. Right
+# is the reference alone; two numbers (18 or 20, 3 x 6, 5 dollars and 50 cents) are no answer.
 
 NUMBER = re.compile(r"""
     (?P<aside> \b(?:in|of|for|per|after|every|each)\s+(?:(?:the|all|his|her|their|its)\s+)? )?
@@ -203,7 +201,7 @@ def gsm8k_answer(example, text):
             numbers = [number for number in found if not number["aside"]] or found
             if len(numbers) == 1:
                 return number_value(numbers[0])
-        if NUMBER.search(line):
+        if NUMBER.search(line):                         # else the marker before counts
             return None
 
 def number_value(match):
@@ -220,8 +218,7 @@ def gsm8k_paper_answer(text):
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     found = re.findall(r"answer:\s*\$?\s*(-?[\d,\s]+(?:\.\d+)?)", text, re.IGNORECASE)
     number = re.sub(r"[,\s]", "", found[-1]) if found else ""
-    return Fraction(number) if re.search(r"\d", number) else None
-
+    return Fraction(number[:400]) if re.search(r"\d", number) else None
 
 # --------------------------------------------------------------------------------------------------
 # GPQA. An answer is the letter in brackets that follows the last "answer is" (or as above), or a
@@ -279,11 +276,10 @@ def gpqa_halves(examples, split, name):
     middle = len(examples) // 2
     return examples[:middle] if split == "test" else examples[middle:]
 
-
 # --------------------------------------------------------------------------------------------------
 # ToolMind: the next tool call. Right are exactly the reference's calls, in any order and in either
 # dialect (Hermes JSON, Qwen3.5 XML), closed and readable; text around them is free. Each has the
-# same name and arguments: none more, none less, be it optional. The tool's schema decides whether
+# same name and arguments: none, be it optional, is added or left out. The tool's schema tells if
 # "5" is a text; elsewhere "5" is 5 and 1 is 1.0. Lists keep their order; text counts to the letter.
 
 def parsed(value):
@@ -315,7 +311,7 @@ def tool_schema(tool):
                          "description": function.get("description") or "", "parameters": schema}}
 
 def calls_of(turn):
-    """The calls [(name, arguments)] of a turn. Raises ValueError where arguments are no object."""
+    """The calls [(name, arguments)] of a turn. Raises an error where arguments are no object."""
     functions = [call.get("function") or call for call in parsed(turn.get("tool_calls")) or []]
     return [(call["name"], dict(parsed(call.get("arguments")) or {})) for call in functions]
 
@@ -383,10 +379,12 @@ def read_calls(text):
             call, position = json.JSONDecoder().raw_decode(text, position)
             if not isinstance(call, dict) or "parameters" in call:
                 raise ValueError("no call")
-            name, arguments = call.get("name"), dict(parsed(call.get("arguments")) or {})
+            name, arguments = call.get("name"), parsed(call.get("arguments")) or {}
         end = CALL_END.match(text, position)
-        if not end or bool(end[1]) != bool(start[1]) or not isinstance(name, str):
-            raise ValueError("not closed, or no name")
+        if not end or bool(end[1]) != bool(start[1]):
+            raise ValueError("not closed")
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            raise ValueError("no name or no arguments")
         calls.append((name, arguments))
         position = end.end()
     return calls
@@ -408,7 +406,7 @@ def toolmind_reward(example, text):
 
 def toolmind_share(examples, split, name):
     """Conversations whose first user message hashes into 1 % are held out. Of a split the rows of
-    the smallest hashes are used, in their order: 2,000 to test, as in the paper, 8,192 to train."""
+    the smallest hashes are used, sorted: 2,000 to test, as in the paper, 8,192 to train."""
     if name != "graphsyn":
         return examples
     own = (e for e in examples if (key_hash(e["key"]) < 0.01) == (split == "test"))
@@ -422,7 +420,6 @@ TASKS = {
     "toolmind": Task("Nanbeige/ToolMind:graph_syn_datasets/graphsyn.jsonl", toolmind_example,
                      toolmind_answer, toolmind_reward, divide=toolmind_share),
 }
-
 
 # --------------------------------------------------------------------------------------------------
 # Pictures
@@ -461,7 +458,6 @@ def random_picture(width, height, *rng):
     """A picture of independent, uniformly random 8-bit values."""
     values = np.random.default_rng(rng).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values)
-
 
 # --------------------------------------------------------------------------------------------------
 # Processor, prompts, engine
@@ -507,8 +503,8 @@ def count_tokens(processor, example, image=None):
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 def fitting(processor, examples, max_tokens, first_requests):
-    """The examples whose prompts have at most `max_tokens` tokens, with what the longest request of
-    the first one adds to it; says how many are left out. Raises InputError if all are."""
+    """The examples whose prompts have at most `max_tokens` tokens, plus what an arm adds, measured
+    on the first one; says how many are left out. Raises InputError if all are."""
     longest = max(count_tokens(processor, *request) for request in first_requests)
     more = longest - count_tokens(processor, examples[0]) + 2           # 2: where a string ends
     kept = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
@@ -549,7 +545,7 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
             options = dict(enforce_eager=True, enable_prefix_caching=False,
                            enable_chunked_prefill=False,
                            max_num_batched_tokens=max(4096, max_model_len))
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:    # torchrun: an engine for each rank
+        if torch.distributed.is_torchelastic_launched():        # torchrun: each rank has its own
             options["distributed_executor_backend"] = "external_launcher"
         return LLM(
             model, dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs,
@@ -560,7 +556,6 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
     except Exception as error:                          # vLLM raises anything
         raise InputError(f"--model {model}: vLLM cannot start it ({' '.join(str(error).split())}); "
                          "without a GPU, tests/cpu/setup.sh installs a CPU build.") from error
-
 
 # --------------------------------------------------------------------------------------------------
 # Arms: what stands before the question
@@ -591,7 +586,6 @@ def random_string(tokenizer, count, *rng):
         if longer[-1] not in special and again == longer:
             ids = longer
     return tokenizer.decode(ids)
-
 
 # --------------------------------------------------------------------------------------------------
 # Asking: an engine in this process, or a server
@@ -675,7 +669,6 @@ def wire(example, picture):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     return messages
 
-
 # --------------------------------------------------------------------------------------------------
 # Scores
 
@@ -727,7 +720,6 @@ def report(task, arms, baseline):
                       "tokens": f"{np.mean(results['tokens'].tolist()):.1f}", "bytes": arm["bytes"]}
     print(f"\n{task}, n = {len(keys)}\n{pandas.DataFrame(rows).T.to_string()}")
 
-
 # --------------------------------------------------------------------------------------------------
 # Files and the command line
 
@@ -749,8 +741,12 @@ def read_results(path, task):
     held = {}
     try:
         for line in open(path) if os.path.exists(path) else ():
-            is_cut_off = line.startswith("{") and not line.endswith("}\n")       # by a kill
-            record = json.loads(line) if line.strip() and not is_cut_off else {}
+            try:
+                record = json.loads(line.strip() or "{}")
+            except ValueError:
+                if not line.startswith('{"task"'):      # else a kill cut it off
+                    raise
+                continue
             if record.get("task") == task:
                 held[record["arm"]] = record
     except (OSError, ValueError) as error:

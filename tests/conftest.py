@@ -90,7 +90,7 @@ ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 @pytest.fixture(scope="session")
 def llm():
     with mock.patch.dict(os.environ, ONE_RANK):
-        return tasks.load_engine(str(TINY), max_model_len=512, max_num_seqs=64)
+        return tasks.load_engine(str(TINY), max_model_len=1024, max_num_seqs=64)
 
 
 @pytest.fixture

@@ -39,8 +39,8 @@ def gradient(model, processor, pixels, groups, advantages, **options):
 
 
 def plain_gradient(model, processor, pixels, groups, advantages, weight_cap=2.0, causal=False):
-    """(gradient, loss, mean gap to vLLM) the slow way: each sequence alone, pixels through the whole
-    model, all logits, autograd all through."""
+    """(gradient, loss, mean gap to vLLM) the slow way: each sequence alone, pixels through the
+    whole model, all logits, autograd all through."""
     total, loss, gaps = sum(len(c.ids) for group in groups for c in group), 0.0, []
     for group, row in zip(groups, advantages):
         for completion, advantage in zip(group, row):
@@ -95,7 +95,8 @@ def measure(name, folder):
                    answer=lambda example, text: example["target"] if lucky(text) else None)
     flags = ["--task", "gsm8k", "--model", folder / "model", "--data", data("gsm8k", "train"),
              "--size", size, "--max-new-tokens", 8]
-    with (mock.patch.dict(tasks.TASKS, gsm8k=task), mock.patch.object(tasks, "load_engine", load_engine),
+    with (mock.patch.dict(tasks.TASKS, gsm8k=task),
+          mock.patch.object(tasks, "load_engine", load_engine),
           mock.patch.multiple(art, load_engine=load_engine, backward=spy)):
         art.train(art_args(folder / "run", *flags, "--seed", SEED, "--steps", 1, "--prompts", 2,
                            "--group-size", 4, "--limit", 40, "--validation", 4,
@@ -134,5 +135,5 @@ if __name__ == "__main__":
         with tempfile.TemporaryDirectory() as folder, mock.patch("builtins.print"):
             found = measure(family, folder)
         same = "yes" if found["apart"] == 0 else "no"
-        print(f"| {family} | {found['size']} | {found['image_tokens']} | {same} | {found['gap']:.3f} | "
-              f"{found['shared']:.0e} |", flush=True)
+        print(f"| {family} | {found['size']} | {found['image_tokens']} | {same} | "
+              f"{found['gap']:.3f} | {found['shared']:.0e} |", flush=True)

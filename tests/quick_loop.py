@@ -34,8 +34,8 @@ def rollout(llm, prompts, image, group_size, max_new_tokens, temperature, rngs):
     for prompt, rng in zip(prompts, rngs):
         answers = [random.Random(picture + rng + i).choice([prompt, "none"])
                    for i in range(group_size)]
-        groups.append([art.Completion(prompt, [1], [1, 2, 3], [-1.0] * 3, f"Answer: {answer}", False)
-                       for answer in answers])
+        groups.append([art.Completion(prompt, [1], [1, 2, 3], [-1.0] * 3, f"Answer: {answer}",
+                                      False) for answer in answers])
     return groups
 
 

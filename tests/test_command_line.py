@@ -51,14 +51,14 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path, engine,
     moved = np.abs(np.asarray(last, dtype=int) - np.asarray(seed.convert("RGB"), dtype=int)).mean()
     assert moved == pytest.approx(steps[-1]["moved"]) and 1 < moved < 64
     assert re.search(r"^step 8  reward 0\.\d+", capsys.readouterr().out, re.MULTILINE)
-    with pytest.raises(tasks.InputError, match="it is not empty; go on with the run in it by --res"):
+    with pytest.raises(tasks.InputError, match="it is not empty; go on with the run in it by"):
         art.train(art_args(out, *flags))
 
 
 @pytest.mark.parametrize("task", ["gpqa", "toolmind"])
 def test_the_other_tasks_train_too(tmp_path, engine, task):
-    art.train(art_args(tmp_path / "run", "--task", task, "--seed", SEED, *QUICK, data(task, "train"),
-                       "--steps", 2, "--validation", 16, "--overlong-cache", 8))
+    art.train(art_args(tmp_path / "run", "--task", task, "--seed", SEED, *QUICK,
+                       data(task, "train"), "--steps", 2, "--validation", 16, "--overlong-cache", 8))
     last = json.loads(open(tmp_path / "run" / "metrics.jsonl").readlines()[-1])
     assert last["groups"] > 0 and last["validation"] > 0
 
@@ -185,13 +185,14 @@ def test_a_wrong_input_gets_one_sentence(program, flags, sentence, refused_here,
     assert re.search(sentence, refused_here(program, *flags))
 
 
-def test_a_file_that_holds_no_results_is_not_written_to(refused_here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ["# My notes\n\nfor ever\n", "[1]\n", '{"question": "q"}\n'])
+def test_a_file_of_another_kind_is_not_written_to(refused_here, tmp_path, monkeypatch, content):
     """A wrong --out could be anyone's notes."""
     monkeypatch.setattr(tasks, "load_engine", None)
-    (tmp_path / "notes.md").write_text("# My notes\n\nfor ever\n")
+    (tmp_path / "notes.md").write_text(content)
     sentence = refused_here("eval", *EVAL, "--out", tmp_path / "notes.md")
     assert f"--out {tmp_path / 'notes.md'} is no file of results" in sentence
-    assert (tmp_path / "notes.md").read_text() == "# My notes\n\nfor ever\n"
+    assert (tmp_path / "notes.md").read_text() == content
 
 
 def test_nothing_to_score_is_said(refused_here):
@@ -269,8 +270,8 @@ def test_a_hub_that_cannot_be_reached(tmp_path):
     start, away = time.time(), {**ENV, **online("http://127.0.0.1:9", tmp_path)}
     commands = [["eval.py", *EVAL, "--model", "nobody/nothing"],
                 ["eval.py", "none", "--task", "gsm8k", "--model", TINY]]
-    processes = [subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=away, text=True,
-                                  stderr=subprocess.PIPE) for command in commands]
+    processes = [subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=away,
+                                  stderr=subprocess.PIPE, text=True) for command in commands]
     for process, named in zip(processes, ("nobody/nothing", "openai/gsm8k")):
         _, err = process.communicate(timeout=120)
         last = err.strip().splitlines()[-1]

@@ -191,7 +191,7 @@ def test_a_second_call_asks_only_what_is_missing(results, tmp_path, asked, capsy
                                   ["--presence-penalty", 0], ["--size", 288], ["--limit", 23]])
 def test_results_of_other_settings_are_not_mixed(results, tmp_path, asked, more):
     out = shutil.copy(results[1], tmp_path / "results.jsonl")
-    with pytest.raises(InputError, match="other settings, or on other questions: name another file"):
+    with pytest.raises(InputError, match="other settings, or on other questions: name"):
         eval_main(*ARMS, *flags_of("gsm8k", out), *more)
     assert not asked
 
@@ -320,7 +320,8 @@ def ask_stand(url, tmp_path, *more):
 def test_the_address_works_with_and_without_v1(stand, tmp_path, ending):
     kind, url = stand
     record = ask_stand(url + ending, tmp_path)
-    assert record["results"][0]["text"] == ["Answer: 1"] and record["settings"]["model"] == str(TINY)
+    assert record["results"][0]["text"] == ["Answer: 1"]
+    assert record["settings"]["model"] == str(TINY)
     assert set(kind.paths) == {"/v1/models", "/v1/chat/completions"}
 
 
@@ -381,13 +382,12 @@ def test_a_server_that_is_down_gets_one_sentence(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # A server: vLLM's own, of the tiny model, as people start it
 
+# A server of the tiny model that agrees with us, and one that differs in every way at once: in the
+# size of its pictures, in the tools it shows, and in the text it hands out.
 BIG = '{"size": {"shortest_edge": 262144, "longest_edge": 16777216}}'
-SERVERS = {
-    "plain": [],
-    "pixels": ["--mm-processor-kwargs", BIG, "--enable-auto-tool-choice", "--tool-call-parser",
-               "qwen3_xml"],
-    "no tools": ["--exclude-tools-when-tool-choice-none", "--reasoning-parser", "deepseek_r1"],
-}
+OTHER = ["--mm-processor-kwargs", BIG, "--exclude-tools-when-tool-choice-none",
+         "--enable-auto-tool-choice", "--tool-call-parser", "qwen3_xml",
+         "--reasoning-parser", "deepseek_r1"]
 
 
 @pytest.fixture(scope="module")
@@ -403,36 +403,40 @@ def printing(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def servers(printing):
-    """The addresses of the SERVERS. They start at the same time."""
-    processes, urls = [], {}
-    for name, flags in SERVERS.items():
+@pytest.fixture(scope="module", autouse=True)
+def starting(printing):
+    """Both servers, [(process, address)], as they start while other tests run."""
+    started = []
+    for model, flags in ((printing, []), (TINY, OTHER)):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        urls[name] = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", printing,
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
                    "--port", port, "--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len",
                    1024, "--max-num-seqs", 64, "--enforce-eager", "--generation-config", "vllm",
                    "--limit-mm-per-prompt", '{"image": 1, "video": 0}', *flags]
-        processes.append(subprocess.Popen(
+        process = subprocess.Popen(
             list(map(str, command)), env={**ENV, "VLLM_CPU_KVCACHE_SPACE": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True))
-    try:
-        for process, url in zip(processes, urls.values()):
-            for _ in range(240):
-                assert process.poll() is None
-                with socket.socket() as s:
-                    if s.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0:
-                        break
-                time.sleep(1)
-        yield urls
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(60)
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        started.append((process, f"http://127.0.0.1:{port}"))
+    yield started
+    for process, _ in started:
+        process.terminate()
+    for process, _ in started:
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def servers(starting):
+    """Their addresses, once they answer."""
+    for process, url in starting:
+        for _ in range(240):
+            assert process.poll() is None
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) == 0:
+                    break
+            time.sleep(1)
+    return [url for _, url in starting]
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "toolmind"])
@@ -447,7 +451,7 @@ def test_the_server_gives_the_same_greedy_completions(servers, printing, tmp_pat
     assert task != "toolmind" or all('{"type": "function", "function": {"name": ' in text
                                      for text in prompts)
     eval_main(*flags, tmp_path / "ours.jsonl", *model, "--max-new-tokens", 48)
-    eval_main(*flags, tmp_path / "theirs.jsonl", *model, "--server", servers["plain"])
+    eval_main(*flags, tmp_path / "theirs.jsonl", *model, "--server", servers[0])
     ours, theirs = (tasks.read_results(tmp_path / name, task)
                     for name in ("ours.jsonl", "theirs.jsonl"))
     pairs = [(a, b) for arm in ARMS for a, b in
@@ -459,23 +463,12 @@ def test_the_server_gives_the_same_greedy_completions(servers, printing, tmp_pat
         b["tokens"] for a, b in pairs if a["text"] == b["text"]]
 
 
-def ask_server(url, printing, tmp_path, arm, task):
-    flags = [arm, *flags_of(task, tmp_path / "out", 8), "--model", printing]
-    eval_main(*flags, "--max-model-len", 1024, "--server", url)
-
-
-def test_a_server_with_another_limit_of_pixels_is_refused(servers, printing, tmp_path):
-    with pytest.raises(InputError, match="its prompt has .* tokens.*--mm-processor-kwargs"):
-        ask_server(servers["pixels"], printing, tmp_path, SEED, "gsm8k")
-
-
-def test_a_server_that_leaves_the_tools_out_is_refused(servers, printing, tmp_path):
-    with pytest.raises(InputError, match="its prompt has .* tokens.*--exclude-tools-when"):
-        ask_server(servers["no tools"], printing, tmp_path, "none", "toolmind")
-
-
-@pytest.mark.parametrize("name, task", [("pixels", "toolmind"), ("no tools", "gsm8k")])
-def test_a_server_that_parses_the_text_is_refused(servers, printing, tmp_path, name, task):
-    """By a parser of tool calls, or of thoughts."""
-    with pytest.raises(InputError, match="it withholds the text of a completion"):
-        ask_server(servers[name], printing, tmp_path, "none", task)
+@pytest.mark.parametrize("arm, task, sentence", [
+    (SEED, "gsm8k", "its prompt has .* tokens.*--mm-processor-kwargs"),
+    ("none", "toolmind", "its prompt has .* tokens.*--exclude-tools-when-tool-choice-none"),
+    ("none", "gsm8k", "it withholds the text of a completion")])
+def test_a_server_that_differs_is_refused(servers, tmp_path, arm, task, sentence):
+    flags = [*flags_of(task, tmp_path / "out", 8), "--max-model-len", 1024]
+    with pytest.raises(InputError, match=sentence):
+        eval_main(arm, *flags, "--server", servers[1])
+    assert not tasks.read_results(tmp_path / "out", task)

@@ -12,7 +12,7 @@ def test_loss_by_hand_on_both_sides_of_both_clips():
     """Completions of one token: both signs of the advantage; ratios below, between, above."""
     ratios = torch.tensor([[0.5], [1.1], [1.5], [0.5], [1.1], [1.5], [0.75]])
     advantages = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0, -1.0, -1.0])
-    # min(r A, clip(r, 0.8, 1.28) A): for A > 0 only large ratios are cut, for A < 0 only small ones.
+    # min(r A, clip(r, 0.8, 1.28) A): for A > 0 large ratios are cut, for A < 0 small ones.
     surrogate = [2 * 0.5, 2 * 1.1, 2 * 1.28, -0.8, -1.1, -1.5, -0.8]
     logp = torch.log(ratios).requires_grad_()
     mask = torch.ones_like(logp, dtype=torch.bool)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 import torch
 
 import art
@@ -165,7 +166,16 @@ def finished(tmp_path_factory):
 def test_a_run_of_other_flags_is_not_gone_on_with(finished, flags, named, monkeypatch):
     monkeypatch.setattr(art, "load_seed", lambda path, size: torch.zeros(3, size, size))
     sentence = refused(finished, "--resume", *flags, steps=2)
-    assert sentence.startswith("--resume: ") and f"another {named}" in sentence, sentence
+    assert sentence.startswith("--resume: "), sentence
+    assert f"another {named[:-1]}, inputs;" in sentence, sentence           # the seed is another
+
+
+def test_another_picture_under_the_seeds_name_is_not_gone_on_with(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "seed.png")
+    train(tmp_path / "run", "--seed", tmp_path / "seed.png", steps=1)
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "seed.png")
+    sentence = refused(tmp_path / "run", "--resume", "--seed", tmp_path / "seed.png", steps=2)
+    assert "the run in " in sentence and "has another inputs;" in sentence
 
 
 @pytest.mark.parametrize("left", [FILES, {"best.png", "last.png"}, {"notes.txt"}])

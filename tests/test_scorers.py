@@ -149,8 +149,8 @@ def test_gsm8k_where_published_scorers_go_wrong(scorer, text, read, value):
     ("<think>Answer: 3</think>Answer: 18", 18, 18), ("Answer: **18**", None, 18),
     ("**Answer:** 18", None, 18), ("\\boxed{18}", None, 18), ("Answer: \\boxed{18}", None, 18),
     ("The answer is 18", None, 18), ("Answer: -$7", None, -7), ("Answer: 18\n2 eggs", 182, 18),
-    ("Answer: 1/2", 1, Fraction(1, 2)), ("Answer: 18 + 2", 18, None), ("<think>Answer: 18", 18, None),
-    ("Answer: 18-20", 18, None), ("", None, None), ("Answer: ,", None, None)])
+    ("Answer: 1/2", 1, Fraction(1, 2)), ("Answer: 18 + 2", 18, None),
+    ("<think>Answer: 18", 18, None), ("Answer: 18-20", 18, None), ("", None, None), ("Answer: ,", None, None)])
 def test_gsm8k_by_the_papers_rule_and_by_ours(text, read, value):
     assert tasks.gsm8k_paper_answer(text) == read and tasks.gsm8k_answer(None, text) == value
     result = tasks.judge(TASKS["gsm8k"], {"key": "", "target": Fraction(18)}, [(text, 1, False)])
@@ -183,7 +183,7 @@ def test_gsm8ks_last_sentences_are_hardly_ever_read_as_a_wrong_number():
 
 
 # --------------------------------------------------------------------------------------------------
-# GPQA. In the options, (B) is copper. The prompt asks for the letter: an option's text is no answer.
+# GPQA. In the options, (B) is copper. The prompt asks for the letter: an option's text is none.
 
 GPQA = {
     "B": [
@@ -361,7 +361,8 @@ def test_toolmind_wants_exactly_the_call_in_either_dialect(text, right):
     ("quiet", True, [True, "true", "True"], [1, "1", "yes", False]),
     ("quiet", False, [False, "false"], [0, None, ""]),
     ("tags", ["a", "b"], [["a", "b"], '["a", "b"]'], [["b", "a"], ["a"], "a, b", ["a", "b", "b"]]),
-    ("tags", ["1"], [["1"], '["1"]', [1]], [["1.0"], "1"]), ("tags", [], [[], "[]"], [None, "", {}]),
+    ("tags", ["1"], [["1"], '["1"]', [1]], [["1.0"], "1"]),
+    ("tags", [], [[], "[]"], [None, "", {}]),
     ("room", {"floor": 2, "door": "2"},
      [{"door": "2", "floor": "2"}, '{"floor": 2.0, "door": "2"}'],
      [{"floor": 2}, {"floor": 2, "door": "2.0"}]),
@@ -400,7 +401,7 @@ def test_toolmind_reward_rises_with_what_is_right():
 
 @pytest.mark.parametrize("content", [
     "a </think> b", "a <think> b", "<think>", "</think>", "<tool_call>", "a </tool_call> b",
-    "</function>", "<function=stop>", "<parameter=city>", "</tool_call><tool_call>", '"}}', "?\n\n!",
+    "</function>", "<function=stop>", "<parameter=city>", "</tool_call><tool_call>", '"}}', "?\n!",
     "<think>" + STOP + "</think>", "\n", " ", "None", "true", "<|im_end|>"])
 @pytest.mark.parametrize("dialect", [hermes, xml])
 def test_toolmind_delimiters_in_arguments_are_text(content, dialect):
@@ -426,8 +427,8 @@ often = settings(max_examples=300, deadline=None, derandomize=True,
 
 
 @often
-@given(arguments=st.dictionaries(identifiers | st.sampled_from(list(BOOK)), json_values, max_size=4),
-       dialect=st.sampled_from([hermes, xml]))
+@given(arguments=st.dictionaries(identifiers | st.sampled_from(list(BOOK)), json_values,
+                                 max_size=4), dialect=st.sampled_from([hermes, xml]))
 @example(arguments={"content": "a </think> b"}, dialect=xml)
 @example(arguments={"content": "<think>"}, dialect=hermes)
 def test_toolmind_every_reference_scores_one_in_either_dialect(arguments, dialect):

@@ -76,7 +76,8 @@ def test_toolmind_rows_as_irregular_as_they_come():
             {"name": "stop", "parameters": {}}]}
     example = tasks.toolmind_example(row)
     messages, tools = example["messages"], [tool["function"] for tool in example["tools"]]
-    assert example["key"] == "Hi" and [tool["name"] for tool in tools] == ["a", "b", "c", "d", "stop"]
+    assert example["key"] == "Hi"
+    assert [tool["name"] for tool in tools] == ["a", "b", "c", "d", "stop"]
     assert [list(tool["parameters"]["properties"]) for tool in tools] == [[], [], ["x"], ["y"], []]
     assert messages[2]["content"] == [{"type": "text", "text": "One moment."}]
     calls = [call["function"]["arguments"] for call in messages[2]["tool_calls"]]
@@ -115,9 +116,9 @@ def test_the_tiny_test_questions_are_in_no_other_file(task):
 def gpqa_rows(count):
     """As many records as the real file has, with ids of its form."""
     rng, letters = random.Random(0), string.ascii_letters + string.digits
+    wrong = {f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}
     return [{"Record ID": "rec" + "".join(rng.choices(letters, k=14)), "Question": f"Question {i}?",
-             "Correct Answer": "right", **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
-            for i in range(count)]
+             "Correct Answer": "right", **wrong} for i in range(count)]
 
 
 def test_gpqa_is_divided_by_ids_into_273_and_273_whatever_the_order_of_rows(tmp_path):
@@ -224,7 +225,8 @@ def test_no_answer_of_gpqa_is_taken_for_a_missing_value(tmp_path):
 @pytest.mark.parametrize("name, content", [
     ("none.jsonl", None), ("a.txt", "x"), ("a.jsonl", "{"), ("a.jsonl", '{"q": 1}'),
     ("a.jsonl", "[1]"), ("a.csv", "question\nx"), ("a.jsonl", ""), ("a.parquet", "x"),
-    ("a.jsonl", '{"question": "q", "answer": 18}'), ("a.json", '[{"question": "x", "answer": "y"}]')])
+    ("a.jsonl", '{"question": "q", "answer": 18}'),
+    ("a.json", '[{"question": "x", "answer": "y"}]')])
 def test_wrong_data_ends_in_one_sentence(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_text(content)

@@ -70,8 +70,9 @@ def test_the_gradient_is_the_slope_of_the_loss(batch, model, processor, seed):
                 moved.logits += sign * step * direction
             metrics, _ = art.backward(model, processor, moved, *batch, old_logps=old_logps)
             losses.append(metrics["loss"])
-        slope, expected = (losses[0] - losses[1]) / (2 * step), (pixels.logits.grad * direction).sum()
-        assert slope == pytest.approx(expected.item(), rel=0.02, abs=1.5e-5)
+        slope = (losses[0] - losses[1]) / (2 * step)
+        expected = (pixels.logits.grad * direction).sum().item()
+        assert slope == pytest.approx(expected, rel=0.02, abs=1.5e-5)
 
 
 def test_micro_batches_meet_again_in_the_prefix_which_runs_once(batch, model, processor, seed):
@@ -313,8 +314,9 @@ def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeyp
 
     def rollout(llm, prompts, image, group_size, max_new_tokens, temperature, rngs):
         asked.extend(prompts)
-        return [[art.Completion("", [1], [1] * (4 if i else 10), [0.0], "right" if i < p else "wrong",
-                                False) for i in range(group_size)] for p in prompts]
+        return [[art.Completion("", [1], [1] * (4 if i else 10), [0.0],
+                                "right" if i < rights else "wrong", False)
+                 for i in range(group_size)] for rights in prompts]
     monkeypatch.setattr(art, "rollout", rollout)
     monkeypatch.setattr(art, "behind", lambda part, example: example)
     monkeypatch.setattr(art, "render", lambda processor, example: example)
@@ -329,15 +331,15 @@ def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeyp
     assert [[c.text for c in group].count("right") for group in groups] == [2, 1]
     assert asked == [0, 4, 0, 2, 1]
     assert metrics["groups"] == 2 and metrics["sampled_groups"] == 5
-    assert metrics["score"] == pytest.approx((0 + 4 + 0 + 2 + 1) / 20)      # of all that was sampled
+    assert metrics["score"] == pytest.approx((0 + 4 + 0 + 2 + 1) / 20)  # of all that was sampled
     # The first completion has 10 tokens, 8 past 10 - 8: penalty -1; the others have 4: -0.25.
     assert rewards[0].tolist() == pytest.approx([0.0, 0.75, 0.2 - 0.25, 0.2 - 0.25])
     assert sample([0] * 9)[2]["sampled_groups"] == 6
 
 
 def load_examples(examples, validation, prompts=1):
-    args = SimpleNamespace(data=None, limit=None, max_model_len=9, max_new_tokens=1, prompts=prompts,
-                           validation=validation)
+    args = SimpleNamespace(data=None, limit=None, max_model_len=9, max_new_tokens=1,
+                           prompts=prompts, validation=validation)
     task = SimpleNamespace(load=lambda split, data, limit: examples)
     with mock.patch.multiple(art, fitting=lambda processor, examples, *others: examples,
                              behind=lambda part, example: example):
@@ -381,7 +383,8 @@ def test_flags_reach_the_optimiser_and_the_engine(tmp_path, engine):
         art.train(art_args(tmp_path / "run", *flags))
     args, options = made.call_args
     assert (*args[1:], *options.values()) == (0.3, [0.5, 0.75], 0.25)
-    sampled = next(call.args[1] for call in generate.call_args_list if isinstance(call.args[1], list))
+    sampled = next(call.args[1] for call in generate.call_args_list
+                   if isinstance(call.args[1], list))               # not those of a validation
     assert {(s.temperature, s.n, s.max_tokens, s.top_p, s.top_k) for s in sampled} == {
         (0.7, 3, 40, 1.0, 0)}
     call = spies["backward"].call_args.args
