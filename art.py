@@ -167,7 +167,7 @@ def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, tota
 #                             meet here                          and here
 # All sequences share the image, those of a group its prompt, too: each is computed once. A group
 # costs prompt + G * completion tokens, not G * (prompt + completion). The graph is cut at both
-# places (`cut_graph`): gradients of what follows add up there before they go on, once, to the front.
+# places (`cut_graph`): gradients of what follows add up there, then go on, once, to the front.
 # Beware: transformers keeps `rope_deltas`, the offset of positions behind an image, in the model
 # object. The prefix sets it, and its completions rely on it.
 
