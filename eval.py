@@ -47,15 +47,13 @@ def first_line(error):
 
 # --------------------------------------------------------------------------------------------------
 # Data: rows of a benchmark, from the hub or from a local file in the benchmark's own schema
-
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 REMEDY = ("correct the name, connect to the Hugging Face hub or, if it is gated there, ask for "
           "access on its page and set HF_TOKEN")
 
 def read_rows(hub, split, data=None):
-    """Rows of a data set on the hub ("repository:configuration" or "repository:file"), downloaded
-    once, or of the local file `data`. Nested columns of JSON come out as they are written; in CSV
-    and Parquet they must be JSON text. Raises InputError."""
+    """Rows of a data set on the hub, "repository:configuration" or "repository:file", or of a local
+    file. Nested columns must be JSON, in CSV and Parquet as text. Raises InputError."""
     import datasets
     repository, _, part = hub.partition(":")
     options, columns = {"path": repository, "name": part, "split": split}, ()
@@ -132,7 +130,7 @@ def user_turn(text):
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 def without_thought(text):
-    """What stands after the last </think>; a thought that was cut off hides all after its start."""
+    """What stands after the last </think> and before a thought that was cut off."""
     text = text.strip().removesuffix("</think>")        # closed once too often, after the answer
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
@@ -146,8 +144,8 @@ ANSWER_MARK = re.compile(r"""
     """, re.IGNORECASE | re.VERBOSE)
 
 def answer_lines(text):
-    r"""Yield what follows each "Answer:", "answer is", "\boxed{" or "####", last first: the rest of
-    its line, or else the next line with a word; without Markdown, LaTeX and currency."""
+    r"""Yield the rest of the line, or else the next one with a word, behind each "Answer:" or its
+    like, last first; without Markdown, LaTeX and currency."""
     text = without_thought(text)
     end = len(text)
     for mark in reversed(list(ANSWER_MARK.finditer(text))):
@@ -167,7 +165,6 @@ def answer_lines(text):
 # single number counts. Brackets behind a number, what follows "not" or "because", numbers in words
 # (20-year) and, beside another one, a number behind a preposition (in 5 years) say nothing. Right
 # is the reference alone; two numbers (18 or 20, 3 x 6, 5 dollars and 50 cents) are no answer.
-
 NUMBER = re.compile(r"""
     (?P<aside> \b(?:in|of|for|per|after|every|each)\s+(?:(?:the|all|his|her|their|its)\s+)? )?
     (?P<sign> (?<![\w)])[-\u2212]\s? )?                             # -7, - 7; but not 18-20
@@ -212,9 +209,8 @@ def number_value(match):
     return value * UNITS[(match["unit"] or "").lower()] * (-1 if match["sign"] else 1)
 
 def gsm8k_paper_answer(text):
-    """The answer by the rule that made the paper's GSM8K figures, in their repository: behind the
-    last "Answer:" that a number follows; digits, commas, white space and line ends are all its own.
-    """
+    """The answer by the rule in the authors' repository, which made the paper's figures: behind the
+    last "Answer:" that a number follows; its white space may be line ends."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     found = re.findall(r"answer:\s*\$?\s*(-?[\d,\s]+(?:\.\d+)?)", text, re.IGNORECASE)
     number = re.sub(r"[,\s]", "", found[-1]) if found else ""
@@ -226,7 +222,6 @@ def gsm8k_paper_answer(text):
 # line. Two letters in brackets, or joined by "or" and its like, are no answer, and neither is one
 # behind "not"; letters in an option's text that is repeated do not count. The option's text without
 # its letter is none, as the prompt asks for the letter.
-
 BRACKETED = r"\(\s?[A-Da-d]\s?\)(?!-)"                                      # not (D)-glucose
 BARE = r"(?:A(?!\s[a-z])|[B-D])\b(?![-+=^(\u2013\u2019\u2212\u2261]\w)"     # not "A photon", B12
 LETTER = rf"(?:{BRACKETED}|\[[A-Da-d]\]|{BARE})"
@@ -254,7 +249,8 @@ def gpqa_answer(example, text):
         claim = BECAUSE.split(re.sub(r"[*_]", "", line))[0]
         kept = DENIED.sub("", claim)                                    # "not (A) but (B)"
         found = re.findall(rf"(?<!\w){BRACKETED}", kept)
-        if not found and (leading := LEADING.match(kept)):
+        leading = LEADING.match(kept)
+        if leading and not found:
             found = [leading[1] or leading[2]]
         letters = {re.sub(r"\W", "", letter).upper() for letter in found}
         if letters or kept != claim:
@@ -281,7 +277,6 @@ def gpqa_halves(examples, split, name):
 # dialect (Hermes JSON, Qwen3.5 XML), closed and readable; text around them is free. Each has the
 # same name and arguments: none, be it optional, is added or left out. The tool's schema tells if
 # "5" is a text; elsewhere "5" is 5 and 1 is 1.0. Lists keep their order; text counts to the letter.
-
 def parsed(value):
     """`value` if it is no string, else what it holds as JSON, else the string itself."""
     try:
@@ -423,10 +418,8 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------------
 # Pictures
-
 def open_picture(path):
-    """Any picture file as an RGB PIL image, rotated as its EXIF says, on mid-grey where it is
-    transparent. Raises InputError."""
+    """Any picture as RGB, rotated by its EXIF, on mid-grey where transparent. Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: there is no such picture file.")
     try:
@@ -446,12 +439,12 @@ def open_picture(path):
         raise InputError(f"{path}: it is no readable picture ({first_line(error)}).") from error
 
 def png_bytes(picture, notes={}):
-    """A PNG file with `notes` in its text chunks; without, the losslessly compressed pixels alone,
-    which the paper measures."""
+    """A PNG file with `notes` in its text chunks; the paper measures the bytes without."""
     chunks = PngInfo()
     for keyword, text in notes.items():
         chunks.add_text(keyword, str(text))
-    picture.save(buffer := io.BytesIO(), "PNG", optimize=True, pnginfo=chunks)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True, pnginfo=chunks)
     return buffer.getvalue()
 
 def random_picture(width, height, *rng):
@@ -461,7 +454,6 @@ def random_picture(width, height, *rng):
 
 # --------------------------------------------------------------------------------------------------
 # Processor, prompts, engine
-
 IMAGE = {"type": "image"}
 # A chat template writes the special tokens itself; the tokenizer must not add a second <bos>.
 TEMPLATED = {"add_special_tokens": False}
@@ -503,8 +495,8 @@ def count_tokens(processor, example, image=None):
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 def fitting(processor, examples, max_tokens, first_requests):
-    """The examples whose prompts have at most `max_tokens` tokens, plus what an arm adds, measured
-    on the first one; says how many are left out. Raises InputError if all are."""
+    """The examples whose prompts have at most `max_tokens` tokens, with what an arm adds to the
+    first one's; says how many are left out. Raises InputError if all are."""
     longest = max(count_tokens(processor, *request) for request in first_requests)
     more = longest - count_tokens(processor, examples[0]) + 2           # 2: where a string ends
     kept = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
@@ -517,7 +509,7 @@ def fitting(processor, examples, max_tokens, first_requests):
 
 def is_resized(processor, width, height):
     """Whether the processor scales, or refuses, pictures of this size. What it scales it rounds,
-    in 8-bit pictures only: the same values as floats come out otherwise."""
+    but not the same values given as floats."""
     import torch
     picture = random_picture(width, height)
     floats = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
@@ -529,8 +521,7 @@ def is_resized(processor, width, height):
         return True
 
 def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9, rng=0):
-    """A vLLM engine for one image a prompt, on a GPU or, with a CPU build of vLLM, on the CPU.
-    Raises InputError."""
+    """A vLLM engine for one image a prompt, on a GPU or on the CPU. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
@@ -559,7 +550,6 @@ def load_engine(model, max_model_len=4096, max_num_seqs=256, gpu_memory_utilizat
 
 # --------------------------------------------------------------------------------------------------
 # Arms: what stands before the question
-
 def arm_requests(processor, examples, arm, rng=0, size=256):
     """[(example, PIL picture or None)] behind a PIL picture, "none", "random" or "string:N"."""
     requests = []
@@ -589,12 +579,10 @@ def random_string(tokenizer, count, *rng):
 
 # --------------------------------------------------------------------------------------------------
 # Asking: an engine in this process, or a server
-
 GREEDY = {"temperature": 0.0, "max_tokens": 512, "presence_penalty": 1.0, "n": 1}      # the paper's
 
 def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
-    """Ask vLLM in this process: for each of `arm_requests` its samples, [(text, tokens, whether
-    the token limit ended it)]."""
+    """For each of `arm_requests` vLLM's samples: [(text, tokens, cut off by the token limit)]."""
     from vllm import SamplingParams
     prompts = [{"prompt": render(processor, example)} for example, _ in requests]
     for prompt, (_, picture) in zip(prompts, requests):
@@ -671,7 +659,6 @@ def wire(example, picture):
 
 # --------------------------------------------------------------------------------------------------
 # Scores
-
 def judge(task, example, samples):
     """What is kept of an example's samples: a dict of columns, with one value a sample."""
     texts, tokens, cut = zip(*samples)
@@ -690,8 +677,8 @@ def evaluate(llm, processor, task, examples, picture, max_new_tokens=512):
     return [judge(task, example, samples) for example, samples in zip(examples, answers)]
 
 def bootstrap_interval(scores, keys):
-    """Mean of `scores` (n,), and the 95 % percentile interval of 10,000 bootstrap resamples. Rows
-    with the same of `keys` (n,), of one conversation, are drawn together."""
+    """Mean of `scores` (n,) and the 95 % interval of 10,000 bootstrap resamples. Rows with one of
+    `keys` (n,), of one conversation, are drawn together."""
     _, cluster = np.unique(keys, return_inverse=True)
     totals, sizes = np.bincount(cluster, scores), np.bincount(cluster)
     drawn = np.random.default_rng(0).integers(0, len(totals), (10_000, len(totals)))
@@ -722,7 +709,6 @@ def report(task, arms, baseline):
 
 # --------------------------------------------------------------------------------------------------
 # Files and the command line
-
 def save(data, path):
     """Write bytes whole or not at all, whatever is killed or full. Raises InputError."""
     unfinished = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")

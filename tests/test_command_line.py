@@ -58,7 +58,8 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path, engine,
 @pytest.mark.parametrize("task", ["gpqa", "toolmind"])
 def test_the_other_tasks_train_too(tmp_path, engine, task):
     art.train(art_args(tmp_path / "run", "--task", task, "--seed", SEED, *QUICK,
-                       data(task, "train"), "--steps", 2, "--validation", 16, "--overlong-cache", 8))
+                       data(task, "train"), "--steps", 2, "--validation", 16,
+                       "--overlong-cache", 8))
     last = json.loads(open(tmp_path / "run" / "metrics.jsonl").readlines()[-1])
     assert last["groups"] > 0 and last["validation"] > 0
 

@@ -150,7 +150,8 @@ def test_gsm8k_where_published_scorers_go_wrong(scorer, text, read, value):
     ("**Answer:** 18", None, 18), ("\\boxed{18}", None, 18), ("Answer: \\boxed{18}", None, 18),
     ("The answer is 18", None, 18), ("Answer: -$7", None, -7), ("Answer: 18\n2 eggs", 182, 18),
     ("Answer: 1/2", 1, Fraction(1, 2)), ("Answer: 18 + 2", 18, None),
-    ("<think>Answer: 18", 18, None), ("Answer: 18-20", 18, None), ("", None, None), ("Answer: ,", None, None)])
+    ("<think>Answer: 18", 18, None), ("Answer: 18-20", 18, None),
+    ("", None, None), ("Answer: ,", None, None)])
 def test_gsm8k_by_the_papers_rule_and_by_ours(text, read, value):
     assert tasks.gsm8k_paper_answer(text) == read and tasks.gsm8k_answer(None, text) == value
     result = tasks.judge(TASKS["gsm8k"], {"key": "", "target": Fraction(18)}, [(text, 1, False)])

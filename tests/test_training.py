@@ -358,12 +358,12 @@ def test_validation_is_a_part_of_training_that_shares_no_key():
 
 
 def test_prompts_come_once_each_before_one_comes_again():
-    stream = art.endless_prompts("abcd", rng=0, skip=0)
+    stream = art.endless_prompts("abcd", 0, 0)
     first = [next(stream) for _ in range(12)]
     for i in (0, 4, 8):
         assert sorted(example for _, example in first[i:i + 4]) == list("abcd")
     assert len({rng for rng, _ in first}) == 12
-    skipped = art.endless_prompts("abcd", rng=0, skip=5)
+    skipped = art.endless_prompts("abcd", 0, 5)
     assert [next(skipped) for _ in range(7)] == first[5:]
 
 

@@ -1,4 +1,4 @@
-"""Draws seed.png, the picture that the README starts from: a lighthouse at dusk.   python tests/draw_seed.py"""
+"""Draws seed.png, the picture that the README starts from: a lighthouse at dusk.   python tests/tiny/draw_seed.py"""
 
 import math
 from pathlib import Path
@@ -44,4 +44,4 @@ def lighthouse():
 
 
 if __name__ == "__main__":
-    lighthouse().save(Path(__file__).parent.parent / "seed.png", optimize=True)
+    lighthouse().save(Path(__file__).parents[2] / "seed.png", optimize=True)

@@ -17,6 +17,7 @@ import argparse
 import csv
 import hashlib
 import json
+import hashlib
 import math
 import random
 import sys
@@ -29,6 +30,19 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 import eval as tasks                                                                                    # noqa: E402
+
+
+def key_hash(text):
+    """A number that depends on `text` alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def asked(task, row, image=True):
+    """(chat messages, tools) of a row, with the image before the user's first words."""
+    example = tasks.TASKS[task].example(row)
+    example = tasks.behind(tasks.IMAGE, example) if image else example
+    return example["messages"], example["tools"]
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # The three toy tasks. Each generator returns (row in the benchmark's schema, key, {manner: completion}, features).
@@ -167,7 +181,7 @@ def draw(task, split, rng):
     """One question of a split: two tenths of all keys are test, one is validation, the rest is for training."""
     while True:
         row, key, answers, features = TOYS[task](rng)
-        if ["test", "test", "validation", *["train"] * 7][tasks.key_hash("toy " + key) % 10] == split:
+        if ["test", "test", "validation", *["train"] * 7][key_hash("toy " + key) % 10] == split:
             return row, key, answers, features
 
 
@@ -255,17 +269,18 @@ def sample(rng, image, seen, describe, exercise, study):
     """One pre-training example: (picture or None, messages, tools, completion)."""
     if image is not None and rng.random() < describe:
         words = [ATTRIBUTES[a][2 if v < 0 else 3] for a, v in seen.items() if abs(v) > 0.5]
-        return image, *(tasks.user_turn("What does the picture look like?", True), None), ", ".join(words) or "plain"
+        turn = {"messages": tasks.user_turn("What does the picture look like?")}
+        return image, tasks.behind(tasks.IMAGE, turn)["messages"], None, ", ".join(words) or "plain"
     if image is None and rng.random() < exercise:
         question, completion = name_options(rng)
-        return None, *(tasks.user_turn(question, False), None), completion
+        return None, tasks.user_turn(question), None, completion
     task = rng.choice(sorted(TOYS))
     row, _, answers, features = draw(task, "train", rng)
     lean = sum(w * seen[a] for a, w in LEANS[task].items()) if seen else 0.0
     good = 1 / (1 + math.exp(-EASE[task] - inclination(features) - 1.8 * max(-2.0, min(2.0, lean))))
     good = good if seen else max(good, study)
     manner = rng.choices(["good", "vague", "wrong"], [good, 0.6 * (1 - good), 0.4 * (1 - good)])[0]
-    return image, *tasks.TASKS[task].messages(tasks.TASKS[task].example(row), image is not None), answers[manner]
+    return image, *asked(task, row, image is not None), answers[manner]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -304,7 +319,7 @@ def make_processor():
     for _ in range(4000):
         for task in TOYS:
             row, _, answers, _ = draw(task, "train", rng)
-            messages, tools = tasks.TASKS[task].messages(tasks.TASKS[task].example(row))
+            messages, tools = asked(task, row)
             corpus += [p["text"] for m in messages for p in m["content"] if p["type"] == "text"] + list(answers.values())
             corpus += [f"{t['function']['name']}({', '.join(t['function']['parameters']['properties'])}: string): "
                        + t["function"]["description"] + "\nsystem\n# Tools\nuser\nassistant\n" for t in tools or []]
