@@ -727,13 +727,13 @@ def read_results(path, task):
     held = {}
     try:
         for line in open(path) if os.path.exists(path) else ():
+            if line.strip() and not line.startswith('{"task": '):
+                raise ValueError("it holds other lines")
             try:
-                record = json.loads(line.strip() or "{}")
+                record = json.loads(line)
             except ValueError:
-                if not line.startswith('{"task"'):      # else a kill cut it off
-                    raise
-                continue
-            if record.get("task") == task:
+                continue                                # empty, or cut off by a kill
+            if record["task"] == task:
                 held[record["arm"]] = record
     except (OSError, ValueError) as error:
         raise InputError(f"--out {path} is no file of results ({first_line(error)}).") from error
