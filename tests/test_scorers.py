@@ -327,7 +327,7 @@ COMPLETIONS = {
         "", "I can help you with that.", "book(city='Oslo', people=2)",
         '{"name": "book", "arguments": {"city": "Oslo", "people": 2}}',
         "<function=book>\n<parameter=city>\nOslo\n</parameter>\n</function>",
-        "<tool_call>book</tool_call>", "<tool_call></tool_call>",
+        "<tool_call>book</tool_call>", hermes("[1]"), hermes("5"), "<tool_call></tool_call>",
         xml({"city": "oslo", "people": 2}), xml({"city": "Oslo ", "people": 2}),
         xml({"city": "Oslo", "people": 3}), xml(OSLO, "Book"), xml(OSLO, "order"),
         xml({"city": "Oslo", "people": "two"}), hermes('{"city": "Oslo", "people": [2]}'),
