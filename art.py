@@ -13,8 +13,7 @@ One step, in the order of this file:
   5. dapo_loss          the clipped surrogate, token by token (DAPO, arXiv 2503.14476)
   6. backward           its gradient, through the frozen model and its vision tower, to the pixels
   7. train              the loop: dynamic sampling, AdamW, validation, best.png
-Left out of the textbook: reference model and KL term (beta = 0 in the paper), value function,
-gradients of any weight.
+Not here: reference model and KL term (beta = 0 in the paper), value function, weight gradients.
 """
 
 import signal
@@ -275,14 +274,15 @@ def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_l
     that first update. `total_tokens`: the completion tokens of the whole step, where `groups` are a
     part of it: gradients and metrics of parts add up. Returns (metrics of the step, old_logps).
     """
-    metrics, kept_logps, device = Counter(), [], model.device
+    metrics, kept_logps = Counter(), []
     if not groups:
         return metrics, kept_logps
+    device, picture = model.device, pixels.to_image()
     total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
     features, finish_image = cut_graph(
         encode_image(model, processor, groups[0][0].prompt, pixels()))
     for group, group_advantage in zip(groups, advantages):
-        inputs = model_inputs(processor, group[0].prompt, pixels.to_image()).to(device)
+        inputs = model_inputs(processor, group[0].prompt, picture).to(device)
         if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
             raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
         # One unpadded prompt needs no mask.

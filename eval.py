@@ -593,8 +593,8 @@ def ask_engine(llm, processor, requests, sampling=GREEDY, progress=False):
              for sample in output.outputs] for output in outputs]
 
 SERVER_REMEDIES = {"AuthenticationError": "set OPENAI_API_KEY to the key that it was started with",
-                    "APITimeoutError": "give a request more seconds with --timeout",
-                    "APIConnectionError": "start vllm serve, or correct the address"}
+                   "APITimeoutError": "give a request more seconds with --timeout",
+                   "APIConnectionError": "start vllm serve, or correct the address"}
 
 class Server:
     """An OpenAI-compatible server such as vLLM's, and the `model` it serves. Raises InputError."""
