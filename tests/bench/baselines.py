@@ -1,10 +1,10 @@
 """ART beside LoRA and a soft prompt: the same loss, rollouts, steps and batches, another parameter.
 
-    python tests/bench/baselines.py art   --task gsm8k --data train.jsonl --test test.jsonl --seed seed.png --lr 0.1
-    python tests/bench/baselines.py lora  --task gsm8k --data train.jsonl --test test.jsonl --lr 0.001
-    python tests/bench/baselines.py soft  ...              # as many free embeddings as image tokens
-    python tests/bench/baselines.py score none random string:64 seed.png ...       # trains nothing
-    python tests/bench/baselines.py table --results results.jsonl --baseline seed.png
+    baselines.py art --task gsm8k --data train.jsonl --test test.jsonl --seed seed.png --lr 0.1
+    baselines.py lora --task gsm8k --data train.jsonl --test test.jsonl --lr 0.001
+    baselines.py soft ...                           # as many free embeddings as image tokens
+    baselines.py score none random string:64 seed.png ...                   # trains nothing
+    baselines.py table --results results.jsonl --baseline seed.png
 
 All other flags are art.py's. What a call finds is appended to --results, a JSON line an arm.
 LoRA (PEFT, rank 16, alpha 32, all matrices of the decoder, as in the paper) sees no image; its
@@ -198,7 +198,8 @@ def train(kind, llm, model, processor, task, training, validation, args):
         shown = [f"{name} {metrics[name]:.4g}" for name in
                  ("score", "groups", "length", "entropy", "mismatch", "validation")
                  if name in metrics]
-        print(f"{kind} lr {args.lr:g} step {step}", *shown, f"{seconds:.0f} s", sep="  ", flush=True)
+        label = f"{kind} lr {args.lr:g} step {step}"
+        print(label, *shown, f"{seconds:.0f} s", sep="  ", flush=True)
     parameter.load_state_dict(best[1])
     return parameter, seconds, history
 
@@ -238,16 +239,18 @@ def table(args):
     base = np.array([result["score"][0] for result in arms[args.baseline]["results"]])
     rows = {}
     for name, arm in arms.items():
-        results = pandas.DataFrame(arm["results"]).map(lambda value: np.mean(value)
-                                                       if isinstance(value, list) else value)
-        scores, keys = results["score"].to_numpy(), results["key"]
+        results = pandas.DataFrame(arm["results"])
+        keys = results["key"]
+        results = results[["score", "holds", "readable", "tokens"]].map(np.mean)
+        scores = results["score"].to_numpy()
         rows[name] = {"accuracy %  [95 % interval]": tasks.interval(scores, keys),
                       f"less {args.baseline}": tasks.interval(scores - base, keys),
                       "holds the number %": f"{100 * results['holds'].mean():.1f}",
                       "readable %": f"{100 * results['readable'].mean():.1f}",
                       "tokens": f"{results['tokens'].mean():.1f}",
-                      "trained": arm.get("trained", 0), "training s": f"{arm.get('train_s', 0):.0f}",
-                      "test s": f"{arm['test_s']:.0f}", "bytes": arm.get("bytes", 0),
+                      "trained": arm.get("trained", 0), "bytes": arm.get("bytes", 0),
+                      "training s": f"{arm.get('train_s', 0):.0f}",
+                      "test s": f"{arm['test_s']:.0f}",
                       "a server needs": NEEDS.get(arm.get("kind"), "nothing")}
     print(f"n = {len(base)}\n{pandas.DataFrame(rows).T.to_string()}")
 

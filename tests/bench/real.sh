@@ -1,32 +1,66 @@
 #!/usr/bin/env bash
 # ART, LoRA and a soft prompt on a real language model behind a small vision tower, on two cores, and every control.
-#   bash tests/bench/real.sh [sums | words]            # trains, scores, prints the table
-#   bash tests/bench/real.sh [sums | words] grid       # how the learning rates below were chosen
+#   bash tests/bench/real.sh [sums | words]             # trains, scores, prints the table
+#   bash tests/bench/real.sh [sums | words] grid        # how the learning rates below were chosen
+#   bash tests/bench/real.sh [sums | words] robust      # after the table: what the trained image survives
+#   bash tests/bench/real.sh [sums | words] tokens      # ART with 144 image tokens
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bash tests/bench/real/setup.sh
 export TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 task=${1:-sums} what=${2:-table}
 python=.venv/bin/python folder=runs/real/$task
-[ -e runs/real/model/model.safetensors ] || $python tests/bench/real/model.py runs/real/model
+
+model() {       # model FOLDER FLAGS: assembled once
+    [ -e "runs/real/$1/model.safetensors" ] || $python tests/bench/real/model.py "runs/real/$@" 2>/dev/null
+}
+run() { $python tests/bench/baselines.py "$@"; }
+
 mkdir -p "$folder"
 case $task in
     sums) $python tests/bench/real/questions.py "$folder" ;;
     words) cp tests/tiny/gsm8k/{train,test}.jsonl "$folder" ;;
+    *) echo "real.sh: the tasks are sums and words" >&2; exit 2 ;;
 esac
-flags=(--task gsm8k --model runs/real/model --data "$folder/train.jsonl" --test "$folder/test.jsonl" --seed seed.png
-    --temperature 0.6 --group-size 16 --prompts 2 --max-new-tokens 32 --max-model-len 384 --max-num-seqs 64
-    --validation 48 --engine '{"dtype": "float32", "enable_prefix_caching": true, "block_size": 32}')
-if [ "$what" = grid ]; then
-    for kind in art lora soft; do
-        $python tests/bench/baselines.py $kind "${flags[@]}" --steps 15 --validate-every 15 --grid 0.001 0.01 0.1
-    done
-    exit
-fi
-flags+=(--steps 60 --validate-every 15 --results "$folder/results.jsonl" --out "$folder")
-rm -f "$folder/results.jsonl"
-$python tests/bench/baselines.py score none random string:64 seed.png "${flags[@]}"
-$python tests/bench/baselines.py art "${flags[@]}" --lr 0.1
-$python tests/bench/baselines.py lora "${flags[@]}" --lr 0.001
-$python tests/bench/baselines.py soft "${flags[@]}" --lr 0.01
-$python tests/bench/baselines.py table --results "$folder/results.jsonl"
+model model
+float32='"dtype": "float32", "enable_prefix_caching": true, "block_size": 32'
+flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 --max-num-seqs 64 --engine "{$float32}"
+    --data "$folder/train.jsonl" --test "$folder/test.jsonl" --temperature 0.6 --group-size 16 --validation 48)
+training=("${flags[@]}" --prompts 4 --rounds 1 --max-new-tokens 24 --steps 60 --validate-every 15 --out "$folder"
+    --results "$folder/results.jsonl")
+scoring=("${flags[@]}" --max-new-tokens 24)
+case $what in
+    table)
+        rm -f "$folder/results.jsonl"
+        run score none random string:64 seed.png "${scoring[@]}" --results "$folder/results.jsonl"
+        run art "${training[@]}" --lr 0.1
+        run lora "${training[@]}" --lr 0.001
+        run soft "${training[@]}" --lr 0.1
+        run table --results "$folder/results.jsonl" ;;
+    grid)
+        for kind in art soft lora; do
+            run $kind "${flags[@]}" --prompts 2 --max-new-tokens 32 --steps 15 --validate-every 15 --grid 0.001 0.01 0.1 1
+        done ;;
+    robust)
+        best=$folder/best.png
+        $python - "$best" <<-'END'
+		import sys
+		from PIL import Image
+		best = sys.argv[1]
+		image = Image.open(best).convert("RGB")
+		image.save(best + ".90.jpg", quality=90)
+		image.quantize(256).convert("RGB").save(best + ".256.png")
+		image.resize((128, 128)).resize((256, 256)).save(best + ".half.png")
+		END
+        model model-int8 --int8
+        run score "$best" "$best".{90.jpg,256.png,half.png} "${scoring[@]}"
+        [ "$task" = words ] || run score seed.png "$best" "${scoring[@]}" --test "$folder/reworded.jsonl"
+        run score seed.png "$best" "${scoring[@]}" --instruction "Finish with the word Answer: and the number."
+        run score seed.png "$best" "${scoring[@]}" --model runs/real/model-int8
+        run score seed.png "$best" "${scoring[@]}" --engine '{"dtype": "bfloat16"}' ;;
+    tokens)
+        model model-144 --tokens 144
+        run art "${training[@]}" --lr 0.1 --model runs/real/model-144 --size 384 --out "$folder/144" --name "art, 144 tokens"
+        run score seed.png "${scoring[@]}" --model runs/real/model-144 ;;
+    *) echo "real.sh: after the task comes nothing, grid, robust or tokens" >&2; exit 2 ;;
+esac

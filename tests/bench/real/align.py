@@ -1,9 +1,14 @@
 """Trains tower.safetensors: the vision tower and the projector of model.py, as LLaVA's are aligned,
-on captions, the language model frozen. The pictures are drawn here; their captions name shapes,
-colours, sizes, places and counts, and nothing else.
+the language model frozen. The pictures are drawn here; their captions name shapes, colours, sizes,
+places and counts, and nothing else. Made by these two calls, on an H100 and on two cores:
 
-    python tests/bench/real/align.py --minutes 8                    # a GPU, or very long
-    .venv/bin/python tests/bench/real/align.py --score 200          # only score what there is
+    align.py --captions-only --minutes 8.7 --out first.safetensors
+    align.py --init first.safetensors --minutes 13 --batch 4 --lr 5e-4 --sides 256 --workers 0
+
+After the first the model captions every picture, whatever it is asked. So the second adds texts
+that a picture has nothing to do with: what the model says to them without one it goes on saying.
+
+    align.py --score 200                    # captions of held-out drawings
 """
 
 import argparse
@@ -106,10 +111,9 @@ def draw_scene(rng, side):
     return np.asarray(picture), caption
 
 
-# What the language model says without a picture it should go on saying behind one that the text is
-# not about: LLaVA's second stage mixes texts in for the same reason.
-TOPICS = """river bread winter horse garden train market mountain letter bicycle kitchen island forest
-    lamp bridge teacher summer village boat music apple storm school coffee dog library window
+# Of a text the model's own answers are used, none is given here.
+TOPICS = """river bread winter horse garden train market mountain letter bicycle kitchen island
+    forest lamp bridge teacher summer village boat music apple storm school coffee dog library window
     harbour friend morning desert snow bird holiday carpet road city""".split()
 TEXTS = ("Write a sentence about a {}.", "What is a {}?", "Tell me a short story about a {}.",
          "Why do people like a {}?", "Give me some advice about a {}.", "Say something about {}.",
@@ -224,7 +228,8 @@ def text_loss(model, tokenizer, head, pictures, text, tokens=24):
         prompt = embed_prompt(model, tokenizer, text, None, len(pictures))
         ids = generate(model, head, prompt, tokens, temperature=1.0)
         before = head(predict(model, prompt, ids)).float().log_softmax(-1)
-        mask = (ids == tokenizer.eos_token_id).cumsum(1) - (ids == tokenizer.eos_token_id).int() == 0
+        ended = (ids == tokenizer.eos_token_id).int()
+        mask = ended.cumsum(1) - ended == 0                 # up to the first end, it included
     hidden = predict(model, embed_prompt(model, tokenizer, text, pictures, len(ids)), ids)
     behind = head(hidden).float().log_softmax(-1)
     return (before.exp() * (before - behind)).sum(-1)[mask].mean()
@@ -243,7 +248,9 @@ def train(model, tokenizer, head, args, device):
         others = torch.as_tensor(others, device=device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = caption_loss(model, tokenizer, head, pictures.clamp(0, 255), request, captions)
-            kept = text_loss(model, tokenizer, head, others, text)
+            kept = torch.zeros((), device=device)
+            if not args.captions_only:
+                kept = text_loss(model, tokenizer, head, others, text)
         optimizer.zero_grad()
         (loss + kept).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -294,7 +301,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=0, help="of training; 0: only score (0)")
-    parser.add_argument("--batch", type=int, default=64, help="captions a step (64)")
+    parser.add_argument("--captions-only", action="store_true", help="no texts")
+    parser.add_argument("--batch", type=int, default=64, help="captions, and texts, a step (64)")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's (1e-3)")
     parser.add_argument("--init", help="weights to go on with")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 384], help="(256 384)")

@@ -1,6 +1,6 @@
 """Sums of one-digit numbers in GSM8K's schema: `questions.py FOLDER` writes train.jsonl, test.jsonl
-and reworded.jsonl. No two numbers of test.jsonl are, in either order, in train.jsonl; reworded.jsonl
-asks the same as test.jsonl in words that train.jsonl does not have."""
+and reworded.jsonl. No two numbers of test.jsonl are, in either order, in train.jsonl;
+reworded.jsonl asks the same as test.jsonl in words that train.jsonl does not have."""
 
 import json
 import random
