@@ -148,6 +148,7 @@ class Adapted:
         return self.llm.generate(texts, *args, lora_request=self.request, **options)
 
 
+FILES = {"art": "best.png", "soft": "soft.safetensors", "lora": "adapter_model.safetensors"}
 KINDS = {"art": Art, "soft": Soft, "lora": Lora}
 encode_image, behind = art.encode_image, art.behind
 
@@ -321,9 +322,9 @@ def main():
               flush=True)
         if not args.grid:
             engine, picture = parameter.prepare(llm)
-            if args.kind == "art":
-                Path(args.out or ".").mkdir(parents=True, exist_ok=True)
-                Path(args.out or ".", "best.png").write_bytes(parameter.deployed())
+            folder = Path(args.out or f"runs/{args.kind}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / FILES[args.kind]).write_bytes(parameter.deployed())
             trained = sum(weight.numel() for weight in parameter.parameters()
                           if weight.requires_grad)
             score(args.name or args.kind, engine, processor, task, test,

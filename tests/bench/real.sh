@@ -26,16 +26,16 @@ model model
 float32='"dtype": "float32", "enable_prefix_caching": true, "block_size": 32'
 flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 --max-num-seqs 64 --engine "{$float32}"
     --data "$folder/train.jsonl" --test "$folder/test.jsonl" --temperature 0.6 --group-size 16 --validation 48)
-training=("${flags[@]}" --prompts 4 --rounds 1 --max-new-tokens 24 --steps 60 --validate-every 15 --out "$folder"
+training=("${flags[@]}" --prompts 4 --rounds 1 --max-new-tokens 24 --steps 50 --validate-every 10 --out "$folder"
     --results "$folder/results.jsonl")
 scoring=("${flags[@]}" --max-new-tokens 24)
 case $what in
     table)
         rm -f "$folder/results.jsonl"
         run score none random string:64 seed.png "${scoring[@]}" --results "$folder/results.jsonl"
-        run art "${training[@]}" --lr 0.1
+        run art "${training[@]}" --lr 1
         run lora "${training[@]}" --lr 0.001
-        run soft "${training[@]}" --lr 0.1
+        run soft "${training[@]}" --lr 1
         run table --results "$folder/results.jsonl" ;;
     grid)
         for kind in art soft lora; do
@@ -60,7 +60,7 @@ case $what in
         run score seed.png "$best" "${scoring[@]}" --engine '{"dtype": "bfloat16"}' ;;
     tokens)
         model model-144 --tokens 144
-        run art "${training[@]}" --lr 0.1 --model runs/real/model-144 --size 384 --out "$folder/144" --name "art, 144 tokens"
+        run art "${training[@]}" --lr 1 --model runs/real/model-144 --size 384 --out "$folder/144" --name "art, 144 tokens"
         run score seed.png "${scoring[@]}" --model runs/real/model-144 ;;
     *) echo "real.sh: after the task comes nothing, grid, robust or tokens" >&2; exit 2 ;;
 esac
