@@ -26,7 +26,7 @@ model model
 float32='"dtype": "float32", "enable_prefix_caching": true, "block_size": 32'
 flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 --max-num-seqs 64 --engine "{$float32}"
     --data "$folder/train.jsonl" --test "$folder/test.jsonl" --temperature 0.6 --group-size 16 --validation 48)
-training=("${flags[@]}" --prompts 4 --rounds 1 --max-new-tokens 24 --steps 50 --validate-every 10 --out "$folder"
+training=("${flags[@]}" --prompts 4 --rounds 1 --max-new-tokens 24 --steps 40 --validate-every 10 --out "$folder"
     --results "$folder/results.jsonl")
 scoring=("${flags[@]}" --max-new-tokens 24)
 case $what in
