@@ -34,6 +34,7 @@ case $what in
         rm -f "$folder/results.jsonl"
         run score none random string:64 seed.png "${scoring[@]}" --results "$folder/results.jsonl"
         run art "${training[@]}" --lr 1
+        run art "${training[@]}" --lr 0.1 --name "art, lr 0.1" --out "$folder/art-0.1"
         run lora "${training[@]}" --lr 0.001
         run soft "${training[@]}" --lr 1
         run table --results "$folder/results.jsonl" ;;
