@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import art                                                                              # noqa: E402
 import eval as tasks                                                                    # noqa: E402
+from cost import lora_config                                                            # noqa: E402
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,14 +93,12 @@ class Lora(nn.Module):
 
     def __init__(self, model, processor, seed, example):
         super().__init__()
-        from peft import LoraConfig, inject_adapter_in_model
-        decoder = r".*language_model\.layers\..*_(proj|qkv|z|b|a)"
-        self.config = LoraConfig(r=16, lora_alpha=32, target_modules=decoder)
-        inject_adapter_in_model(self.config, model)
-        self.model, self.version, self.folder = [model], 0, tempfile.TemporaryDirectory()
+        from peft import get_peft_model
+        self.adapter = [get_peft_model(model, lora_config())]       # a list: no child of ours
+        self.version, self.folder = 0, tempfile.TemporaryDirectory()
 
     def parameters(self, recurse=True):
-        return (weight for name, weight in self.model[0].named_parameters() if "lora_" in name)
+        return (weight for weight in self.adapter[0].parameters() if weight.requires_grad)
 
     def state_dict(self):
         return [weight.detach().clone() for weight in self.parameters()]
@@ -117,24 +116,20 @@ class Lora(nn.Module):
 
     def prepare(self, llm):
         self.version += 1
-        folder = Path(self.folder.name, str(self.version))
-        self.config.save_pretrained(folder)
-        (folder / "adapter_model.safetensors").write_bytes(self.deployed())
-        request = vllm.lora.request.LoRARequest(f"step {self.version}", self.version, str(folder))
-        return Adapted(llm, request), None
+        folder = self.folder.name
+        self.adapter[0].peft_config["default"].save_pretrained(folder)
+        Path(folder, FILES["lora"]).write_bytes(self.deployed())
+        request = vllm.lora.request.LoRARequest(f"step {self.version}", self.version, folder)
+        return Adapted(llm, request), "none"
 
     def deployed(self):
         from peft import get_peft_model_state_dict
-        weights = get_peft_model_state_dict(self.model[0])
-        return save({"base_model.model." + name.removeprefix("base_model.model."):
-                     weight.detach().cpu().contiguous() for name, weight in weights.items()})
+        weights = get_peft_model_state_dict(self.adapter[0])
+        return save({name: weight.detach().cpu() for name, weight in weights.items()})
 
     def remove(self):
         """The model as it was."""
-        for name, module in list(self.model[0].named_modules()):
-            if hasattr(module, "base_layer"):
-                parent, _, child = name.rpartition(".")
-                setattr(self.model[0].get_submodule(parent), child, module.base_layer)
+        self.adapter[0].unload()
 
 
 class Adapted:
@@ -190,8 +185,8 @@ def train(kind, llm, model, processor, task, training, validation, args):
             seconds += time.time() - start
         engine, picture = parameter.prepare(llm)
         if step % args.validate_every == 0 or step == args.steps:
-            arm = "none" if picture is None else picture
-            results = tasks.evaluate(engine, processor, task, validation, arm, args.max_new_tokens)
+            results = tasks.evaluate(engine, processor, task, validation, picture,
+                                     args.max_new_tokens)
             metrics["validation"] = np.mean([result["score"][0] for result in results])
             if best is None or metrics["validation"] > best[0]:
                 best = metrics["validation"], copy.deepcopy(parameter.state_dict())
@@ -324,12 +319,13 @@ def main():
             engine, picture = parameter.prepare(llm)
             folder = Path(args.out or f"runs/{args.kind}")
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / FILES[args.kind]).write_bytes(parameter.deployed())
+            deployed = parameter.deployed()
+            (folder / FILES[args.kind]).write_bytes(deployed)
             trained = sum(weight.numel() for weight in parameter.parameters()
                           if weight.requires_grad)
-            score(args.name or args.kind, engine, processor, task, test,
-                  "none" if picture is None else picture, args, kind=args.kind, trained=trained,
-                  train_s=seconds, bytes=len(parameter.deployed()), lr=args.lr, history=history)
+            score(args.name or args.kind, engine, processor, task, test, picture, args,
+                  kind=args.kind, trained=trained, train_s=seconds, bytes=len(deployed),
+                  lr=args.lr, history=history)
         if args.kind == "lora":
             parameter.remove()
 

@@ -154,13 +154,19 @@ def plain(model, processor, pixels, groups, advantages):
         loss.backward()
 
 
+def lora_config():
+    """The paper's control: rank 16, alpha 32, all matrices of the decoder."""
+    from peft import LoraConfig
+    decoder = r".*language_model\.layers\..*_(proj|qkv|z|b|a)"
+    return LoraConfig(r=16, lora_alpha=32, target_modules=decoder)
+
+
 @contextlib.contextmanager
 def adapted(model, recompute=False):
     """`model` with PEFT's LoRA of rank 16 on all matrices of the decoder, as in the paper's
     control. `recompute`: with gradient checkpointing, TRL's default."""
-    from peft import LoraConfig, get_peft_model
-    decoder = r".*language_model\.layers\..*_(proj|qkv|z|b|a)"
-    wrapped = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=decoder))
+    from peft import get_peft_model
+    wrapped = get_peft_model(model, lora_config())
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped.train()

@@ -25,7 +25,6 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from model import (IMAGE_TOKEN, PATCH, TEMPLATE, TOWER, hub_names, load_language_model,
@@ -113,8 +112,8 @@ def draw_scene(rng, side):
 
 # Of a text the model's own answers are used, none is given here.
 TOPICS = """river bread winter horse garden train market mountain letter bicycle kitchen island
-    forest lamp bridge teacher summer village boat music apple storm school coffee dog library window
-    harbour friend morning desert snow bird holiday carpet road city""".split()
+    forest lamp bridge teacher summer village boat music apple storm school coffee dog library
+    window harbour friend morning desert snow bird holiday carpet road city""".split()
 TEXTS = ("Write a sentence about a {}.", "What is a {}?", "Tell me a short story about a {}.",
          "Why do people like a {}?", "Give me some advice about a {}.", "Say something about {}.",
          "List things that you find near a {}.", "Hello! Do you know a joke about a {}?",

@@ -74,21 +74,22 @@ def interpolated(positions, side):
     return torch.cat([positions[:1], grid.permute(0, 2, 3, 1).flatten(0, 2)])
 
 
-def assemble(folder, tokens=64, dtype=torch.bfloat16, change=None):
-    """Write the model into `folder`. `change`: a function of each matrix of the language model."""
+def assemble(folder, tokens=64, change=None):
+    """Write the model into `folder`, in bfloat16. `change`: a function of each matrix of the
+    language model."""
     side = PATCH * round(tokens ** 0.5)
     language_model, tokenizer = load_language_model()
     weights = {}
     for name, weight in language_model.model.state_dict().items():
         if change and weight.ndim > 1:
             weight = change(weight)
-        weights["language_model.model." + name] = weight.to(dtype)
+        weights["language_model.model." + name] = weight.to(torch.bfloat16)
     for name, weight in load_file(TOWER).items():
         if "position_embedding" in name and tokens != 144:
             weight = interpolated(weight.float(), side // PATCH)
-        weights[name] = weight.to(dtype)
+        weights[name] = weight.to(torch.bfloat16)
     config = make_config(language_model.config.to_dict(), side)
-    config.architectures, config.dtype = ["LlavaForConditionalGeneration"], dtype
+    config.architectures, config.dtype = ["LlavaForConditionalGeneration"], torch.bfloat16
     config.save_pretrained(folder)
     make_processor(tokenizer, side).save_pretrained(folder)
     language_model.generation_config.save_pretrained(folder)
@@ -108,10 +109,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--tokens", type=int, choices=(64, 144), default=64, help="an image's (64)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--int8", action="store_true", help="round the language model to 8 bits")
     args = parser.parse_args()
-    assemble(args.folder, args.tokens, getattr(torch, args.dtype), int8 if args.int8 else None)
+    assemble(args.folder, args.tokens, int8 if args.int8 else None)
 
 
 if __name__ == "__main__":
