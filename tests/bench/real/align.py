@@ -1,17 +1,19 @@
 """Trains tower.safetensors: the vision tower and the projector of model.py, as LLaVA's are aligned,
 the language model frozen. The pictures are drawn here; their captions name shapes, colours, sizes,
-places and counts, and nothing else. Made by these two calls, on an H100 and on two cores:
+places and counts, and nothing else. One example in four is a text that its drawing has nothing to
+do with, answered as the model answers it without one: else it captions every picture, whatever it
+is asked. Made by these two calls on one GPU, the first as one of three at once:
 
-    align.py --captions-only --minutes 8.7 --out first.safetensors
-    align.py --init first.safetensors --minutes 13 --batch 4 --lr 5e-4 --sides 256 --workers 0
+    align.py --minutes 7.6 --workers 4 --out first.safetensors
+    align.py --minutes 3.3 --workers 14 --init first.safetensors
 
-After the first the model captions every picture, whatever it is asked. So the second adds texts
-that a picture has nothing to do with: what the model says to them without one it goes on saying.
+    align.py --score 100                    # captions of held-out drawings; on a CPU, too
 
-    align.py --score 200                    # captions of held-out drawings
+At a learning rate of 1e-3 pixels soon moved little of what the model says (tests/bench/README.md).
 """
 
 import argparse
+import itertools
 import math
 import random
 import re
@@ -24,7 +26,7 @@ import transformers as hf
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from model import (IMAGE_TOKEN, PATCH, TEMPLATE, TOWER, hub_names, load_language_model,
@@ -41,6 +43,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
           "bottom right")
 NUMBERS = ("one", "two", "three", "four", "five", "six")
+END = "<|im_end|>"                      # of an answer; tokenizer.eos_token is not this everywhere
 REQUESTS = ("Describe the picture.", "What does the picture show?", "Write a caption.",
             "What do you see?")
 
@@ -121,46 +124,61 @@ TEXTS = ("Write a sentence about a {}.", "What is a {}?", "Tell me a short story
          "What would you ask a friend about a {}?")
 
 
-def draw_anything(rng, side):
-    """A drawing, or noise or a smooth field of any contrast: pictures that a text is not about."""
-    if rng.random() < 0.4:
-        return draw_scene(rng, side)[0]
-    cells = rng.choice((2, 4, 8, 32, side))
-    values = np.random.default_rng(rng.getrandbits(32)).integers(0, 256, (cells, cells, 3))
-    picture = Image.fromarray(values.astype(np.uint8)).resize((side, side), Image.BICUBIC)
-    grey = Image.new("RGB", (side, side), tuple(rng.randrange(256) for _ in range(3)))
-    return np.asarray(Image.blend(grey, picture, rng.random()))
+class Examples(IterableDataset):
+    """Batches for ever, of each of `sides` in turn: pictures (N, side, side, 3), ids (N, T), and
+    which of those are an answer (N, T). Each batch is drawn from its own number, so that none comes
+    twice. `texts`: (request, ids of the answer)."""
 
-
-class Scenes(IterableDataset):
-    """Batches of drawings, captions and a request, and of pictures and texts, for ever, of each of
-    `sides` in turn. Each batch is drawn from its own number, so that none comes twice."""
-
-    def __init__(self, batch, sides):
-        self.batch, self.sides = batch, sides
+    def __init__(self, tokenizer, texts, batch, sides):
+        self.tokenizer, self.texts, self.batch, self.sides = tokenizer, texts, batch, sides
 
     def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        number, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        while True:
+        worker = get_worker_info()
+        for number in itertools.count(worker.id, worker.num_workers):
             rng = random.Random(number)
-            side = self.sides[number // stride % len(self.sides)]
-            pictures, captions = zip(*(draw_scene(rng, side) for _ in range(self.batch)))
-            others = [draw_anything(rng, side) for _ in range(self.batch)]
-            text = rng.choice(TEXTS).format(rng.choice(TOPICS))
-            yield np.stack(pictures), captions, rng.choice(REQUESTS), np.stack(others), text
-            number += stride
+            side = self.sides[number // worker.num_workers % len(self.sides)]
+            yield self.collate(*zip(*(self.draw(rng, side, i) for i in range(self.batch))))
+
+    def draw(self, rng, side, i):
+        picture, caption = draw_scene(rng, side)
+        if i % 4 == 0:
+            return picture, *rng.choice(self.texts)
+        ids = self.tokenizer.encode(caption + END, add_special_tokens=False)
+        return picture, rng.choice(REQUESTS), ids
+
+    def collate(self, pictures, requests, answers):
+        prompts = [chat(self.tokenizer, request, pictures[0]) for request in requests]
+        width = max(len(prompt + answer) for prompt, answer in zip(prompts, answers))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        answered = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+            end = len(prompt + answer)
+            ids[i, :end] = torch.tensor(prompt + answer)
+            answered[i, len(prompt):end] = True
+        return torch.from_numpy(np.stack(pictures)), ids, answered
+
+
+def chat(tokenizer, request, picture=None):
+    """Ids of the chat up to its answer, with as many image tokens as the picture takes."""
+    image = [{"type": "image"}] if picture is not None else []
+    messages = [{"role": "user", "content": [*image, {"type": "text", "text": request}]}]
+    text = tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=False,
+                                         add_generation_prompt=True)
+    if picture is not None:
+        text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * (len(picture) // PATCH) ** 2)
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 # --------------------------------------------------------------------------------------------------
 # Alignment
 
-def make_model(language_model, text_config):
+def make_model(language_model):
     """LLaVA for 384 x 384 pixels, whose table of positions is interpolated for smaller pictures,
     with a new tower and projector in float32."""
     torch.manual_seed(0)
-    model = hf.LlavaModel(make_config(dict(text_config, num_hidden_layers=1), 12 * PATCH))
-    model.language_model = language_model.requires_grad_(False)
+    text_config = dict(language_model.config.to_dict(), num_hidden_layers=1)
+    model = hf.LlavaModel(make_config(text_config, 12 * PATCH))
+    model.language_model = language_model.model.requires_grad_(False)
     return model
 
 
@@ -169,116 +187,87 @@ def tower_parameters(model):
             if not name.startswith("language_model.")}
 
 
-def embed_prompt(model, tokenizer, request, pictures, count):
-    """Embeddings (count, T, hidden) of the chat up to its answer, behind uint8 or float `pictures`
-    (count, H, W, 3), or behind none."""
-    image = [{"type": "image"}] if pictures is not None else []
-    messages = [{"role": "user", "content": [*image, {"type": "text", "text": request}]}]
-    text = tokenizer.apply_chat_template(messages, chat_template=TEMPLATE, tokenize=False,
-                                         add_generation_prompt=True)
-    embed = model.language_model.embed_tokens
-    parts = [embed(encode(tokenizer, [part], model.device)[0]).expand(count, -1, -1)
-             for part in text.split(IMAGE_TOKEN)]
-    if pictures is not None:
-        pixels = pictures.permute(0, 3, 1, 2).float()
-        mean, std = (torch.tensor(values, device=model.device)[:, None, None] * 255
-                     for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-        features = model.get_image_features((pixels - mean) / std, interpolate_pos_encoding=True)
-        parts.insert(1, torch.stack(list(features.pooler_output)).to(parts[0].dtype))
-    return torch.cat(parts, 1)
+def embed(model, pictures, ids):
+    """Embeddings (N, T, hidden) of ids (N, T), the features of uint8 pictures (N, side, side, 3) in
+    the place of the image's tokens; and the features (N, tokens, hidden)."""
+    pixels = pictures.permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] * 255
+                 for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    found = model.get_image_features((pixels - mean) / std, interpolate_pos_encoding=True)
+    features = torch.stack(list(found.pooler_output))
+    embeddings = model.language_model.embed_tokens(ids)
+    embeddings[ids == model.config.image_token_id] = features.flatten(0, 1).to(embeddings.dtype)
+    return embeddings, features
 
 
-def encode(tokenizer, texts, device):
-    """Ids (N, T), padded on the right, and their mask."""
-    rows = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, torch.tensor([[i < len(row) for i in range(width)] for row in rows], device=device)
+def losses(model, head, pictures, ids, answered):
+    """(cross-entropy of the answers, how far the features are from as large as words)."""
+    embeddings, features = embed(model, pictures, ids)
+    hidden = model.language_model(inputs_embeds=embeddings).last_hidden_state[:, :-1]
+    answered = answered[:, 1:]
+    loss = nn.functional.cross_entropy(head(hidden[answered]).float(), ids[:, 1:][answered])
+    words = model.language_model.embed_tokens.weight.float().square().mean()
+    return loss, (features.float().square().mean(-1) / words).log().square().mean()
 
 
-def predict(model, prompt, ids):
-    """Hidden states (N, T, hidden) that predict `ids` (N, T) behind the prompt's embeddings."""
-    states = torch.cat([prompt, model.language_model.embed_tokens(ids[:, :-1])], 1)
-    return model.language_model(inputs_embeds=states).last_hidden_state[:, prompt.shape[1] - 1:]
+def answer_texts(language_model, tokenizer, device, samples=4, tokens=32):
+    """[(request, ids of an answer)]: samples of what the model says without a picture."""
+    requests = [text.format(topic) for text in TEXTS for topic in TOPICS]
+    prompts = [chat(tokenizer, request) for request in requests]
+    width, end = max(map(len, prompts)), tokenizer.convert_tokens_to_ids(END)
+    ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    found = language_model.generate(
+        input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0,
+        num_return_sequences=samples, max_new_tokens=tokens, eos_token_id=end, pad_token_id=end)
+    texts = []
+    for i, answer in enumerate(found[:, width:].tolist()):
+        length = answer.index(end) + 1 if end in answer else len(answer)
+        texts.append((requests[i // samples], answer[:length]))
+    return texts
 
 
-@torch.no_grad()
-def generate(model, head, prompt, count, temperature=0.0):
-    """Ids (N, count) behind the prompt's embeddings (N, T, hidden)."""
-    ids, states, cache = [], prompt, hf.DynamicCache()
-    for _ in range(count):
-        hidden = model.language_model(inputs_embeds=states, past_key_values=cache)
-        logits = head(hidden.last_hidden_state[:, -1]).float()
-        ids.append(torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0] if temperature
-                   else logits.argmax(-1))
-        states = model.language_model.embed_tokens(ids[-1][:, None])
-    return torch.stack(ids, 1)
-
-
-def caption_loss(model, tokenizer, head, pictures, request, captions):
-    ids, mask = encode(tokenizer, [c + tokenizer.eos_token for c in captions], model.device)
-    hidden = predict(model, embed_prompt(model, tokenizer, request, pictures, len(ids)), ids)
-    return nn.functional.cross_entropy(head(hidden[mask]).float(), ids[mask])
-
-
-def text_loss(model, tokenizer, head, pictures, text, tokens=24):
-    """KL divergence a token from what the model says without a picture, on a sample of that."""
-    with torch.no_grad():
-        prompt = embed_prompt(model, tokenizer, text, None, len(pictures))
-        ids = generate(model, head, prompt, tokens, temperature=1.0)
-        before = head(predict(model, prompt, ids)).float().log_softmax(-1)
-        ended = (ids == tokenizer.eos_token_id).int()
-        mask = ended.cumsum(1) - ended == 0                 # up to the first end, it included
-    hidden = predict(model, embed_prompt(model, tokenizer, text, pictures, len(ids)), ids)
-    behind = head(hidden).float().log_softmax(-1)
-    return (before.exp() * (before - behind)).sum(-1)[mask].mean()
-
-
-def train(model, tokenizer, head, args, device):
+def train(model, tokenizer, head, texts, args, device):
     """AdamW for `args.minutes`; the learning rate follows the clock: up for 3 %, then a cosine."""
     parameters = list(tower_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    loader = iter(DataLoader(Scenes(args.batch, args.sides), None, num_workers=args.workers))
+    examples = Examples(tokenizer, texts, args.batch, args.sides)
+    loader = iter(DataLoader(examples, None, num_workers=args.workers))
     start, step, shown = time.time(), 0, 0
     while (done := (time.time() - start) / (60 * args.minutes)) < 1:
-        pictures, captions, request, others, text = next(loader)
-        pictures = torch.as_tensor(pictures, device=device, dtype=torch.float)
-        pictures = pictures + 6 * torch.rand(1, device=device) * torch.randn_like(pictures)
-        others = torch.as_tensor(others, device=device)
+        batch = [part.to(device) for part in next(loader)]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = caption_loss(model, tokenizer, head, pictures.clamp(0, 255), request, captions)
-            kept = torch.zeros((), device=device)
-            if not args.captions_only:
-                kept = text_loss(model, tokenizer, head, others, text)
+            loss, size = losses(model, head, *batch)
         optimizer.zero_grad()
-        (loss + kept).backward()
+        (loss + 0.1 * size).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         warm = min(1.0, done / 0.03)
         optimizer.param_groups[0]["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * done))
         optimizer.step()
         step += 1
         if time.time() - start > shown:
-            print(f"{time.time() - start:5.0f} s  step {step}  captions {loss.item():.4f}  "
-                  f"texts {kept.item():.4f}", flush=True)
+            print(f"{time.time() - start:5.0f} s  step {step}  loss {loss.item():.4f}  "
+                  f"size {size.item():.4f}", flush=True)
             shown += 60 * args.minutes / 40
-    print(f"{step} steps of {args.batch} captions in {args.minutes:g} minutes on {device}")
+    print(f"{step} steps of {args.batch} examples in {args.minutes:g} minutes on {device}")
     weights = {name: weight.detach().to("cpu", torch.bfloat16).contiguous()
                for name, weight in hub_names(tower_parameters(model)).items()}
     save_file(weights, args.out)
 
 
 @torch.no_grad()
-def score(model, tokenizer, head, number, device):
+def score(model, language_model, tokenizer, number, device):
     """Greedy captions of drawings that were not trained on."""
     for side in (8 * PATCH, 12 * PATCH):
         rng = random.Random(f"held out {side}")
         pictures, captions = zip(*(draw_scene(rng, side) for _ in range(number)))
         pictures = torch.from_numpy(np.stack(pictures)).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            prompt = embed_prompt(model, tokenizer, REQUESTS[0], pictures, number)
-            ids = generate(model, head, prompt, 56)
-        found = [text.partition(tokenizer.eos_token)[0]
-                 for text in tokenizer.batch_decode(ids)]
+            prompt = torch.tensor([chat(tokenizer, REQUESTS[0], pictures[0])] * number)
+            embeddings, _ = embed(model, pictures, prompt.to(device))
+            ids = language_model.generate(inputs_embeds=embeddings, do_sample=False,
+                                          max_new_tokens=56, pad_token_id=0)
+        found = [text.partition(END)[0] for text in tokenizer.batch_decode(ids)]
         words = ("whole caption", lambda text: text), ("background", lambda text: [
             word for word in BACKGROUNDS if word + " background" in text])
         words += tuple((name, partial(words_of, names)) for name, names in (
@@ -300,9 +289,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=0, help="of training; 0: only score (0)")
-    parser.add_argument("--captions-only", action="store_true", help="no texts")
-    parser.add_argument("--batch", type=int, default=64, help="captions, and texts, a step (64)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's (1e-3)")
+    parser.add_argument("--batch", type=int, default=64, help="examples a step (64)")
+    parser.add_argument("--lr", type=float, default=5e-4, help="AdamW's (5e-4)")
     parser.add_argument("--init", help="weights to go on with")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 384], help="(256 384)")
     parser.add_argument("--workers", type=int, default=12, help="processes that draw (12)")
@@ -310,17 +298,18 @@ def main():
     parser.add_argument("--out", default=TOWER, help="where the weights go (tower.safetensors)")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    whole, tokenizer = load_language_model(dtype)
-    model = make_model(whole.model, whole.config.to_dict()).to(device)
-    head = whole.lm_head.to(device)
+    language_model, tokenizer = load_language_model(
+        torch.bfloat16 if device == "cuda" else torch.float32)
+    language_model.to(device)
+    model = make_model(language_model).to(device)
     if args.init or not args.minutes:
         weights = {name.replace("vision_model.", ""): weight.float()
                    for name, weight in load_file(args.init or args.out).items()}
         model.load_state_dict(weights, strict=False)
     if args.minutes:
-        train(model, tokenizer, head, args, device)
-    score(model, tokenizer, head, args.score, device)
+        texts = answer_texts(language_model, tokenizer, device)
+        train(model, tokenizer, language_model.lm_head, texts, args, device)
+    score(model, language_model, tokenizer, args.score, device)
 
 
 if __name__ == "__main__":
