@@ -33,10 +33,9 @@ case $what in
     table)
         rm -f "$folder/results.jsonl"
         run score none random string:64 seed.png "${scoring[@]}" --results "$folder/results.jsonl"
-        run art "${training[@]}" --lr 1
-        run art "${training[@]}" --lr 0.1 --name "art, lr 0.1" --out "$folder/art-0.1"
+        run art "${training[@]}" --lr 0.1
         run lora "${training[@]}" --lr 0.001
-        run soft "${training[@]}" --lr 1
+        run soft "${training[@]}" --lr 0.1
         run table --results "$folder/results.jsonl" ;;
     grid)
         for kind in art soft lora; do
@@ -61,7 +60,7 @@ case $what in
         run score seed.png "$best" "${scoring[@]}" --engine '{"dtype": "bfloat16"}' ;;
     tokens)
         model model-144 --tokens 144
-        run art "${training[@]}" --lr 1 --model runs/real/model-144 --size 384 --out "$folder/144" --name "art, 144 tokens"
+        run art "${training[@]}" --lr 0.1 --model runs/real/model-144 --size 384 --out "$folder/144" --name "art, 144 tokens"
         run score seed.png "${scoring[@]}" --model runs/real/model-144 ;;
     *) echo "real.sh: after the task comes nothing, grid, robust or tokens" >&2; exit 2 ;;
 esac
