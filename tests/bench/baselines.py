@@ -78,7 +78,8 @@ class Soft(nn.Module):
         return BaseModelOutputWithPooling(pooler_output=(self.embeddings,))
 
     def prepare(self, llm):
-        embeddings = self.embeddings.detach().to(llm.model_config.dtype)
+        # A copy: vLLM keeps what it was given, and the optimizer writes in place.
+        embeddings = self.embeddings.detach().to(llm.model_config.dtype, copy=True)
         if self.more:                                   # Qwen: beside the shape of the image
             return llm, {"image_embeds": embeddings, **self.more}
         return llm, embeddings[None]
