@@ -322,6 +322,9 @@ def main():
             folder.mkdir(parents=True, exist_ok=True)
             deployed = parameter.deployed()
             (folder / FILES[args.kind]).write_bytes(deployed)
+            if args.kind == "art":
+                shown = tasks.png_bytes(art.panel(seed_image, picture))
+                (folder / "panel.png").write_bytes(shown)
             trained = sum(weight.numel() for weight in parameter.parameters()
                           if weight.requires_grad)
             score(args.name or args.kind, engine, processor, task, test, picture, args,

@@ -74,7 +74,7 @@ def interpolated(positions, side):
     return torch.cat([positions[:1], grid.permute(0, 2, 3, 1).flatten(0, 2)])
 
 
-def assemble(folder, tokens=64, change=None):
+def assemble(folder, tokens=64, change=None, tower=TOWER):
     """Write the model into `folder`, in bfloat16. `change`: a function of each matrix of the
     language model."""
     side = PATCH * round(tokens ** 0.5)
@@ -84,7 +84,7 @@ def assemble(folder, tokens=64, change=None):
         if change and weight.ndim > 1:
             weight = change(weight)
         weights["language_model.model." + name] = weight.to(torch.bfloat16)
-    for name, weight in load_file(TOWER).items():
+    for name, weight in load_file(tower).items():
         if "position_embedding" in name and tokens != 144:
             weight = interpolated(weight.float(), side // PATCH)
         weights[name] = weight.to(torch.bfloat16)
@@ -110,8 +110,9 @@ def main():
     parser.add_argument("folder")
     parser.add_argument("--tokens", type=int, choices=(64, 144), default=64, help="an image's (64)")
     parser.add_argument("--int8", action="store_true", help="round the language model to 8 bits")
+    parser.add_argument("--tower", default=TOWER, help="another one's weights (tower.safetensors)")
     args = parser.parse_args()
-    assemble(args.folder, args.tokens, int8 if args.int8 else None)
+    assemble(args.folder, args.tokens, int8 if args.int8 else None, args.tower)
 
 
 if __name__ == "__main__":
