@@ -6,7 +6,7 @@
     baselines.py score none random string:64 seed.png ...                   # trains nothing
     baselines.py table --results results.jsonl --baseline seed.png
 
-All other flags are art.py's. What a call finds is appended to --results, a JSON line an arm.
+All other flags are art.py's (not used: --max-change, --updates, --rounding, --resume). What a call finds is appended to --results, a JSON line an arm.
 LoRA (PEFT, rank 16, alpha 32, all matrices of the decoder, as in the paper) sees no image; its
 rollouts are vLLM's with the current adapter. A soft prompt starts as the seed's image features;
 vLLM takes it by enable_mm_embeds. All of them keep the state of the best validation.
@@ -85,7 +85,7 @@ class Soft(nn.Module):
         return llm, embeddings[None]
 
     def deployed(self):
-        return save({"embeddings": self.embeddings.detach().to(torch.bfloat16)})
+        return save({"embeddings": self.embeddings.detach()})
 
 
 class Lora(nn.Module):
@@ -230,14 +230,15 @@ NEEDS = {"art": "nothing: a request with an image", "soft": "--enable-mm-embeds,
 
 
 def table(args):
-    """A row for each arm of --results, the last of equal names."""
+    """A row for each arm of --results, the last of equal names. For the intervals, questions about
+    the same numbers count as one."""
     with open(args.results) as file:
         arms = {record["arm"]: record for record in map(json.loads, file)}
     base = np.array([result["score"][0] for result in arms[args.baseline]["results"]])
     rows = {}
     for name, arm in arms.items():
         results = pandas.DataFrame(arm["results"])
-        keys = results["key"]
+        keys = [" ".join(sorted(re.findall(r"\d+", key))) for key in results["key"]]
         results = results[["score", "holds", "readable", "tokens"]].map(np.mean)
         scores = results["score"].to_numpy()
         rows[name] = {"accuracy %  [95 % interval]": tasks.interval(scores, keys),
@@ -271,6 +272,8 @@ def parse_args():
     own, others = parser.parse_known_args()
     if own.kind == "table":
         return own
+    if not (own.test or own.grid):
+        parser.error("--test is missing: a local file of test rows")
     argv, sys.argv = sys.argv, [sys.argv[0], *others]
     args = art.parse_args()[1]
     sys.argv = argv
@@ -323,8 +326,8 @@ def main():
             deployed = parameter.deployed()
             (folder / FILES[args.kind]).write_bytes(deployed)
             if args.kind == "art":
-                shown = tasks.png_bytes(art.panel(seed_image, picture))
-                (folder / "panel.png").write_bytes(shown)
+                seed_image.save(folder / "seed.png")
+                art.panel(seed_image, picture).save(folder / "panel.png")
             trained = sum(weight.numel() for weight in parameter.parameters()
                           if weight.requires_grad)
             score(args.name or args.kind, engine, processor, task, test, picture, args,

@@ -11,8 +11,8 @@ export TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=er
 task=${1:-sums} what=${2:-table}
 python=.venv/bin/python folder=runs/real/$task
 
-model() {       # model FOLDER FLAGS: assembled once
-    [ -e "runs/real/$1/model.safetensors" ] || $python tests/bench/real/model.py "runs/real/$@" 2>/dev/null
+model() {       # model FOLDER FLAGS: assembled once for a tower
+    [ "runs/real/$1/model.safetensors" -nt tests/bench/real/tower.safetensors ] || $python tests/bench/real/model.py "runs/real/$@"
 }
 run() { $python tests/bench/baselines.py "$@"; }
 
@@ -61,6 +61,7 @@ case $what in
     tokens)
         model model-144 --tokens 144
         run art "${training[@]}" --lr 0.1 --model runs/real/model-144 --size 384 --out "$folder/144" --name "art, 144 tokens"
-        run score seed.png "${scoring[@]}" --model runs/real/model-144 ;;
+        run score "$folder/144/seed.png" "${scoring[@]}" --model runs/real/model-144 --results "$folder/results.jsonl"
+        run table --results "$folder/results.jsonl" ;;
     *) echo "real.sh: after the task comes nothing, grid, robust or tokens" >&2; exit 2 ;;
 esac

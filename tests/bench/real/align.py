@@ -1,8 +1,9 @@
-"""Trains tower.safetensors: the vision tower and the projector of model.py, as LLaVA's are aligned,
-the language model frozen. The pictures are drawn here; their captions name shapes, colours, sizes,
+"""Trains tower.safetensors: the vision tower and the projector of model.py together, behind the
+frozen language model. The pictures are drawn here; their captions name shapes, colours, sizes,
 places and counts, and nothing else. One example in four is a text that its drawing has nothing to
 do with, answered as the model answers it without one: else it captions every picture, whatever it
-is asked. Made by these two calls on one GPU, the first as one of three at once:
+is asked. Features are held about as large as the model's words. Made by these two calls on one GPU,
+the first as one of three at once:
 
     align.py --minutes 7.6 --workers 4 --out first.safetensors
     align.py --minutes 3.3 --workers 14 --init first.safetensors
@@ -43,7 +44,6 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom",
           "bottom right")
 NUMBERS = ("one", "two", "three", "four", "five", "six")
-END = "<|im_end|>"                      # of an answer; tokenizer.eos_token is not this everywhere
 REQUESTS = ("Describe the picture.", "What does the picture show?", "Write a caption.",
             "What do you see?")
 
@@ -127,7 +127,7 @@ TEXTS = ("Write a sentence about a {}.", "What is a {}?", "Tell me a short story
 class Examples(IterableDataset):
     """Batches for ever, of each of `sides` in turn: pictures (N, side, side, 3), ids (N, T), and
     which of those are an answer (N, T). Each batch is drawn from its own number, so that none comes
-    twice. `texts`: (request, ids of the answer)."""
+    twice in a call. `texts`: (request, ids of the answer)."""
 
     def __init__(self, tokenizer, texts, batch, sides):
         self.tokenizer, self.texts, self.batch, self.sides = tokenizer, texts, batch, sides
@@ -143,7 +143,7 @@ class Examples(IterableDataset):
         picture, caption = draw_scene(rng, side)
         if i % 4 == 0:
             return picture, *rng.choice(self.texts)
-        ids = self.tokenizer.encode(caption + END, add_special_tokens=False)
+        ids = self.tokenizer.encode(caption + self.tokenizer.eos_token, add_special_tokens=False)
         return picture, rng.choice(REQUESTS), ids
 
     def collate(self, pictures, requests, answers):
@@ -214,7 +214,7 @@ def answer_texts(language_model, tokenizer, device, samples=4, tokens=32):
     """[(request, ids of an answer)]: samples of what the model says without a picture."""
     requests = [text.format(topic) for text in TEXTS for topic in TOPICS]
     prompts = [chat(tokenizer, request) for request in requests]
-    width, end = max(map(len, prompts)), tokenizer.convert_tokens_to_ids(END)
+    width, end = max(map(len, prompts)), tokenizer.eos_token_id
     ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     found = language_model.generate(
@@ -267,7 +267,8 @@ def score(model, language_model, tokenizer, number, device):
             embeddings, _ = embed(model, pictures, prompt.to(device))
             ids = language_model.generate(inputs_embeds=embeddings, do_sample=False,
                                           max_new_tokens=56, pad_token_id=0)
-        found = [text.partition(END)[0] for text in tokenizer.batch_decode(ids)]
+        found = [text.partition(tokenizer.eos_token)[0]
+                 for text in tokenizer.batch_decode(ids)]
         words = ("whole caption", lambda text: text), ("background", lambda text: [
             word for word in BACKGROUNDS if word + " background" in text])
         words += tuple((name, partial(words_of, names)) for name, names in (
@@ -293,7 +294,7 @@ def main():
     parser.add_argument("--lr", type=float, default=5e-4, help="AdamW's (5e-4)")
     parser.add_argument("--init", help="weights to go on with")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 384], help="(256 384)")
-    parser.add_argument("--workers", type=int, default=12, help="processes that draw (12)")
+    parser.add_argument("--workers", type=int, default=12, help="processes that draw, 1 or more (12)")
     parser.add_argument("--score", type=int, default=400, help="held-out drawings a size (400)")
     parser.add_argument("--out", default=TOWER, help="where the weights go (tower.safetensors)")
     args = parser.parse_args()

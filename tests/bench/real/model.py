@@ -23,6 +23,7 @@ TOWER = Path(__file__).parent / "tower.safetensors"
 PATCH = 32
 VISION = dict(hidden_size=320, intermediate_size=640, num_hidden_layers=3, num_attention_heads=5,
               patch_size=PATCH)
+END = "<|im_end|>"                      # what the file names as such differs between releases
 IMAGE_TOKEN = "<empty_output>"          # of its special tokens one that no chat uses
 # The model's own template; a message is a text or a list of parts.
 TEMPLATE = (
@@ -42,7 +43,7 @@ def load_language_model(dtype=torch.float32):
     source = dict(pretrained_model_name_or_path=Path(package.origin).parent, gguf_file=FILE)
     model = hf.AutoModelForCausalLM.from_pretrained(
         **source, dtype=dtype, quantization_config=hf.GgufConfig(dequantize=True))
-    return model, hf.AutoTokenizer.from_pretrained(**source)
+    return model, hf.AutoTokenizer.from_pretrained(**source, eos_token=END)
 
 
 def make_config(text_config, side):
