@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # ART, LoRA and a soft prompt on a real language model behind a small vision tower, on two cores, and every control.
-#   bash tests/bench/real.sh [sums | words]             # trains, scores, prints the table
-#   bash tests/bench/real.sh [sums | words] grid        # how the learning rates below were chosen
-#   bash tests/bench/real.sh [sums | words] robust      # after the table: what the trained image survives
-#   bash tests/bench/real.sh [sums | words] tokens      # ART with 144 image tokens
+#   bash tests/bench/real.sh [sums | products]             # trains, scores, prints the table
+#   bash tests/bench/real.sh [sums | products] grid        # how the learning rates below were chosen
+#   bash tests/bench/real.sh [sums | products] robust      # after the table: what the trained image survives
+#   bash tests/bench/real.sh [sums | products] tokens      # ART with 144 image tokens
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bash tests/bench/real/setup.sh
@@ -18,9 +18,8 @@ run() { $python tests/bench/baselines.py "$@"; }
 
 mkdir -p "$folder"
 case $task in
-    sums) $python tests/bench/real/questions.py "$folder" ;;
-    words) for file in train test; do head -n 150 tests/tiny/gsm8k/$file.jsonl >"$folder/$file.jsonl"; done ;;
-    *) echo "real.sh: the tasks are sums and words" >&2; exit 2 ;;
+    sums | products) $python tests/bench/real/questions.py "$folder" "$task" ;;
+    *) echo "real.sh: the tasks are sums and products" >&2; exit 2 ;;
 esac
 model model
 float32='"dtype": "float32", "enable_prefix_caching": true, "block_size": 32'
@@ -54,7 +53,7 @@ case $what in
 		END
         model model-int8 --int8
         run score "$best" "$best".{90.jpg,256.png,half.png} "${scoring[@]}"
-        [ "$task" = words ] || run score seed.png "$best" "${scoring[@]}" --test "$folder/reworded.jsonl"
+        run score seed.png "$best" "${scoring[@]}" --test "$folder/reworded.jsonl"
         run score seed.png "$best" "${scoring[@]}" --instruction "Finish with the word Answer: and the number."
         run score seed.png "$best" "${scoring[@]}" --model runs/real/model-int8
         run score seed.png "$best" "${scoring[@]}" --engine '{"dtype": "bfloat16"}' ;;
