@@ -6,7 +6,8 @@
     baselines.py score none random string:64 seed.png ...                   # trains nothing
     baselines.py table --results results.jsonl --baseline seed.png
 
-All other flags are art.py's (not used: --max-change, --updates, --rounding, --resume). What a call finds is appended to --results, a JSON line an arm.
+All other flags are art.py's (not used: --max-change, --updates, --rounding, --resume). What a call
+finds is appended to --results, a JSON line an arm.
 LoRA (PEFT, rank 16, alpha 32, all matrices of the decoder, as in the paper) sees no image; its
 rollouts are vLLM's with the current adapter. A soft prompt starts as the seed's image features;
 vLLM takes it by enable_mm_embeds. All of them keep the state of the best validation.
@@ -235,10 +236,11 @@ def table(args):
     with open(args.results) as file:
         arms = {record["arm"]: record for record in map(json.loads, file)}
     base = np.array([result["score"][0] for result in arms[args.baseline]["results"]])
+    keys = [" ".join(sorted(re.findall(r"\d+", result["key"])))
+            for result in arms[args.baseline]["results"]]
     rows = {}
     for name, arm in arms.items():
         results = pandas.DataFrame(arm["results"])
-        keys = [" ".join(sorted(re.findall(r"\d+", key))) for key in results["key"]]
         results = results[["score", "holds", "readable", "tokens"]].map(np.mean)
         scores = results["score"].to_numpy()
         rows[name] = {"accuracy %  [95 % interval]": tasks.interval(scores, keys),

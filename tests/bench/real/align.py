@@ -27,6 +27,7 @@ import transformers as hf
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -148,14 +149,11 @@ class Examples(IterableDataset):
 
     def collate(self, pictures, requests, answers):
         prompts = [chat(self.tokenizer, request, pictures[0]) for request in requests]
-        width = max(len(prompt + answer) for prompt, answer in zip(prompts, answers))
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        answered = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-            end = len(prompt + answer)
-            ids[i, :end] = torch.tensor(prompt + answer)
-            answered[i, len(prompt):end] = True
-        return torch.from_numpy(np.stack(pictures)), ids, answered
+        pairs = list(zip(prompts, answers))
+        ids = [torch.tensor(prompt + answer) for prompt, answer in pairs]
+        answered = [torch.arange(len(prompt + answer)) >= len(prompt) for prompt, answer in pairs]
+        return (torch.from_numpy(np.stack(pictures)), pad_sequence(ids, batch_first=True),
+                pad_sequence(answered, batch_first=True))
 
 
 def chat(tokenizer, request, picture=None):
@@ -200,28 +198,26 @@ def embed(model, pictures, ids):
     return embeddings, features
 
 
-def losses(model, head, pictures, ids, answered):
-    """(cross-entropy of the answers, how far the features are from as large as words)."""
+def answer_loss(model, head, pictures, ids, answered):
+    """(cross-entropy of the answers, mean square (N, tokens) of each feature)."""
     embeddings, features = embed(model, pictures, ids)
     hidden = model.language_model(inputs_embeds=embeddings).last_hidden_state[:, :-1]
     answered = answered[:, 1:]
     loss = nn.functional.cross_entropy(head(hidden[answered]).float(), ids[:, 1:][answered])
-    words = model.language_model.embed_tokens.weight.float().square().mean()
-    return loss, (features.float().square().mean(-1) / words).log().square().mean()
+    return loss, features.float().square().mean(-1)
 
 
 def answer_texts(language_model, tokenizer, device, samples=4, tokens=32):
     """[(request, ids of an answer)]: samples of what the model says without a picture."""
     requests = [text.format(topic) for text in TEXTS for topic in TOPICS]
     prompts = [chat(tokenizer, request) for request in requests]
-    width, end = max(map(len, prompts)), tokenizer.eos_token_id
-    ids = torch.tensor([[end] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    end = tokenizer.eos_token_id
     found = language_model.generate(
-        input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, top_k=0,
-        num_return_sequences=samples, max_new_tokens=tokens, eos_token_id=end, pad_token_id=end)
+        **inputs.to(device), do_sample=True, top_k=0, num_return_sequences=samples,
+        max_new_tokens=tokens, eos_token_id=end, pad_token_id=end)
     texts = []
-    for i, answer in enumerate(found[:, width:].tolist()):
+    for i, answer in enumerate(found[:, inputs["input_ids"].shape[1]:].tolist()):
         length = answer.index(end) + 1 if end in answer else len(answer)
         texts.append((requests[i // samples], answer[:length]))
     return texts
@@ -233,11 +229,13 @@ def train(model, tokenizer, head, texts, args, device):
     optimizer = torch.optim.AdamW(parameters, args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     examples = Examples(tokenizer, texts, args.batch, args.sides)
     loader = iter(DataLoader(examples, None, num_workers=args.workers))
+    words = model.language_model.embed_tokens.weight.float().square().mean()
     start, step, shown = time.time(), 0, 0
     while (done := (time.time() - start) / (60 * args.minutes)) < 1:
         batch = [part.to(device) for part in next(loader)]
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss, size = losses(model, head, *batch)
+            loss, squares = answer_loss(model, head, *batch)
+        size = (squares / words).log().square().mean()          # 0: as large as words
         optimizer.zero_grad()
         (loss + 0.1 * size).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -294,7 +292,7 @@ def main():
     parser.add_argument("--lr", type=float, default=5e-4, help="AdamW's (5e-4)")
     parser.add_argument("--init", help="weights to go on with")
     parser.add_argument("--sides", type=int, nargs="+", default=[256, 384], help="(256 384)")
-    parser.add_argument("--workers", type=int, default=12, help="processes that draw, 1 or more (12)")
+    parser.add_argument("--workers", type=int, default=12, help="processes that draw, 1 or more")
     parser.add_argument("--score", type=int, default=400, help="held-out drawings a size (400)")
     parser.add_argument("--out", default=TOWER, help="where the weights go (tower.safetensors)")
     args = parser.parse_args()
