@@ -1,6 +1,7 @@
 """Sums or products of one-digit numbers in GSM8K's schema: `questions.py FOLDER sums|products`
-writes train.jsonl, test.jsonl and reworded.jsonl. No two numbers of test.jsonl are, in either order,
-in train.jsonl; reworded.jsonl asks the same as test.jsonl in words that train.jsonl does not have."""
+writes train.jsonl, test.jsonl and reworded.jsonl. No two numbers of test.jsonl are, in either
+order, in train.jsonl; reworded.jsonl asks the same as test.jsonl in words that train.jsonl does not
+have."""
 
 import json
 import operator
