@@ -8,176 +8,319 @@ is a PNG that any vLLM serves. Method: arXiv 2606.11854, of which no training co
 One step, in the order of this file:
   1. load_seed          the picture to start from
   2. PixelLogits        the only parameter; its sigmoid, rounded to 8 bits, is the image
-  3. rollout            vLLM samples G completions for each prompt, behind the image
+  3. rollout            vLLM samples G completions of each prompt, behind the image
   4. group_advantages   rewards relative to those of the other completions of the same prompt
   5. dapo_loss          the clipped surrogate, token by token (DAPO, arXiv 2503.14476)
   6. backward           its gradient, through the frozen model and its vision tower, to the pixels
   7. train              the loop: dynamic sampling, AdamW, validation, best.png
-Not here: reference model and KL term (beta = 0 in the paper), value function, weight gradients.
+Not here: KL term (beta = 0 in the paper), DAPO's overlong punishment, value function.
 """
 
-import signal
-
-if __name__ == "__main__":                      # Ctrl-C during the slow imports: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import argparse
 import io
 import json
 import math
 import os
 import random
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import distributed, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from transformers import AutoModelForImageTextToText, DynamicCache
+from torch import Tensor, distributed, nn
+from torch.utils._pytree import tree_map_only
+from transformers import AutoModelForImageTextToText, DynamicCache, HfArgumentParser
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.utils.versions import require_version
 
-from eval import (IMAGE, TASKS, TEMPLATED, InputError, behind, evaluate, fitting, is_resized,
-                  key_hash, load_engine, load_processor, model_inputs, open_picture, png_bytes,
-                  positive, render, save)
+from eval import (TASKS, TEMPLATED, Example, InputError, Task, arm_requests, check_range,
+                  check_size, evaluate, first_line, fitting, key_hash, load_engine,
+                  load_processor, model_inputs, open_picture, png_bytes, render, save)
 
-# --------------------------------------------------------------------------------------------------
-# 1. Seed
 
-def load_seed(path, size):
-    """Any picture as uint8 (3, size, size), cropped and scaled; no path: logits N(0, 0.1)."""
+def flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """The flags of the command line. Raises InputError for a number out of its range."""
+    task: str = field(metadata={"choices": TASKS, "help": "the benchmark to train for"})
+    seed: str | None = flag(None, "the picture to start from; noise if not given")
+    model: str = flag("Qwen/Qwen3.5-0.8B", "hub name or folder")
+    data: str | None = flag(None, "local file of training rows in the benchmark's own schema")
+    out: str | None = flag(None, "folder of the run; runs/TASK if not given")
+    resume: bool = flag(False, "go on with the run in --out, whose flags are given again")
+    # Known from the paper; its effective batch of 32 is taken as prompts * group_size completions
+    size: int = flag(256, "side of the image in pixels: 256 is 64 tokens, the least for Qwen3.5")
+    steps: int = flag(100, "rollout batches, one a step")
+    lr: float = flag(0.1, "AdamW's learning rate, constant after the warm-up")
+    warmup: int = flag(5, "steps in which the learning rate rises")
+    group_size: int = flag(8, "completions of each prompt")
+    prompts: int = flag(4, "prompts a step, on each rank")
+    eps_low: float = flag(0.2, "the ratio is clipped below 1 - this")
+    eps_high: float = flag(0.28, "the ratio is clipped above 1 + this")
+    # Not known from the paper, or added to it
+    rounding: bool = flag(True, "train the 8-bit image; the paper trains the continuous one")
+    temperature: float = flag(1.0, "of the rollouts")
+    weight_decay: float = flag(0.0, "AdamW's; any pulls the image to grey")
+    updates: int = flag(1, "of each rollout batch; the clip works from the second on")
+    rounds: int = flag(4, "sampling rounds a step, to replace groups all right or all wrong")
+    weight_cap: float = flag(2.0, "cap of the importance weight trainer / vLLM; 0: no weight")
+    max_new_tokens: int = flag(512, "a completion is cut off there")
+    max_model_len: int = flag(4096, "tokens of prompt and completion; longer prompts are left out")
+    max_num_seqs: int = flag(256, "sequences that vLLM runs at once")
+    tokens_per_microbatch: int = flag(4096, "in a pass of the trainer: they set its memory")
+    gpu_memory_utilization: float = flag(0.5, "vLLM's share of the GPU; the trainer needs the rest")
+    validation: int = flag(128, "training examples set aside to choose best.png")
+    validate_every: int = flag(10, "steps between validations")
+    random_seed: int = flag(0, "of the order of prompts and of their samples")
+
+    def __post_init__(self):
+        self.out = self.out or f"runs/{self.task}"
+        for flag in fields(self):
+            usual = (1, 10**9) if flag.type is int else (0, 10**9)          # least and most
+            check_range(flag.name, getattr(self, flag.name), *RANGES.get(flag.name, usual))
+
+
+RANGES = {"group_size": (2, 10**9), "temperature": (0.01, 100), "random_seed": (0, 10**9)}
+
+
+# 1. Seed ------------------------------------------------------------------------------------------
+
+
+def load_seed(path: str | None, size: int) -> Tensor:
+    """Any picture as uint8 (3, size, size), cropped and scaled; no path: normal logits, std 0.1."""
     if path is None:
         return (255 * torch.sigmoid(0.1 * torch.randn(3, size, size))).round().to(torch.uint8)
     picture = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
-# --------------------------------------------------------------------------------------------------
-# 2. Pixels
 
-def logits_of(levels):
-    """X_raw = log(p / (1 - p)), p = levels / 255. p = 0 and p = 1 are moved inwards by a quarter of
-    a level, so that all 256 values survive the round trip."""
-    return torch.logit(levels / 255, eps=0.25 / 255)
+# 2. Pixels ----------------------------------------------------------------------------------------
+
 
 class PixelLogits(nn.Module):
     """The trainable image: float32 logits (3, H, W), at first those of a uint8 seed (3, H, W)."""
-    def __init__(self, seed, rounding="straight-through"):
+
+    def __init__(self, seed: Tensor, rounding: bool = True):
         super().__init__()
-        self.logits = nn.Parameter(logits_of(seed.float()))
+        # X_raw = log(p / (1 - p)), p = seed / 255. 0 and 1 are moved inwards by a quarter of a
+        # level, so that all 256 values survive the round trip.
+        self.logits = nn.Parameter(torch.logit(seed.float() / 255, eps=0.25 / 255))
         self.rounding = rounding
 
-    def forward(self):
-        """The image as float (3, H, W) in [0, 255]. Rounding "straight-through": it has the 8-bit
+    def forward(self) -> Tensor:
+        """The image as float (3, H, W) in [0, 255]. Rounded straight through: it has the 8-bit
         image's value and the sigmoid's gradient, so that what is trained is what is deployed, to
-        the bit. "none": the continuous image, as in the paper's backward pass."""
+        the bit. Without rounding: the continuous image, as in the paper's backward pass."""
         image = 255 * torch.sigmoid(self.logits)
-        return image if self.rounding == "none" else image + (image.round() - image).detach()
+        return image + (image.round() - image).detach() if self.rounding else image
 
-    def to_image(self):
+    def to_image(self) -> Image.Image:
         """The 8-bit PIL image: what vLLM sees and what is deployed."""
         levels = self().detach().round().to("cpu", torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
-    @torch.no_grad()
-    def bound(self, seed, max_change):
-        """Bring each 8-bit value back to at most `max_change` levels from the seed's."""
-        seed = seed.to(self.logits.device, torch.float)
-        self.logits.clamp_(logits_of(seed - max_change), logits_of(seed + max_change))
+    def features(self, model, processor, prompt: str):
+        """What the frozen vision tower makes of the image, with its graph: the model's processor is
+        differentiable and gives the PNG's values. Some want a text beside it: any prompt does."""
+        image = self()
+        check_size(processor, image.shape[2], image.shape[1])
+        inputs = model_inputs(processor, prompt, image).to(model.device)
+        names = processor.image_processor.model_input_names
+        inputs = {name: value for name, value in inputs.items() if name in names}
+        return model.get_image_features(**inputs, return_dict=True)
 
-# --------------------------------------------------------------------------------------------------
-# 3. Rollout
+
+# 3. Rollout ---------------------------------------------------------------------------------------
+
 
 @dataclass
 class Completion:
-    prompt: str                     # rendered chat template, with its image placeholder
-    prompt_ids: list[int]           # as vLLM ran it: the placeholder expanded to the image's tokens
-    ids: list[int]                  # sampled token ids, the end-of-turn token included
-    logps: list[float]              # vLLM's logprob of each of them
+    prompt: str                         # rendered chat template, with its image placeholder
+    prompt_ids: list[int]               # as vLLM ran it, the placeholder expanded
+    ids: list[int]                      # sampled token ids, the end-of-turn token included
+    vllm_logps: list[float]             # vLLM's logprob of each
     text: str
-    cut: bool                       # ended by the token limit
+    cut: bool = False                   # ended by the token limit
+    score: float = 0.0                  # 1 for a right answer
+    reward: float = 0.0
+    old_logps: list[float] | None = None    # the trainer's, before the first update of the batch
 
-def rollout(llm, prompts, image, group_size, max_new_tokens=512, temperature=1.0, rngs=None):
-    """Sample G = `group_size` Completions for each of P rendered prompts behind the PIL `image`: P
-    lists. No top-p, no top-k: the logprobs are those of the (tempered) policy. `rngs`: a random
-    number seed for each prompt, whose samples then do not depend on earlier ones."""
+
+def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int, max_new_tokens=512,
+            temperature=1.0, random_seeds: list[int] | None = None) -> list[list[Completion]]:
+    """Sample P groups of G = `group_size` Completions of P rendered prompts behind the image. No
+    top-p and no top-k, and load_engine's logprobs_mode: the logprobs are those of the (tempered)
+    policy. `random_seeds`, one a prompt, make them independent of what was sampled before."""
     from vllm import SamplingParams
-    requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for prompt in prompts]
+    images = {"multi_modal_data": {"image": image}} if image else {}
+    requests = [{"prompt": prompt, **images} for prompt in prompts]
     sampling = [SamplingParams(n=group_size, temperature=temperature, top_p=1.0, top_k=0,
-                               max_tokens=max_new_tokens, logprobs=0, seed=rng)
-                for rng in rngs or [None] * len(prompts)]
+                               max_tokens=max_new_tokens, logprobs=0, seed=random_seed)
+                for random_seed in random_seeds or [None] * len(prompts)]
     outputs = llm.generate(requests, sampling, use_tqdm=False, tokenization_kwargs=TEMPLATED)
     groups = []
     for prompt, output in zip(prompts, outputs):
         group = []
         for sample in output.outputs:
-            ids, cut = list(sample.token_ids), sample.finish_reason == "length"
+            ids = list(sample.token_ids)
             logps = [at[token].logprob for token, at in zip(ids, sample.logprobs)]
-            group.append(Completion(prompt, output.prompt_token_ids, ids, logps, sample.text, cut))
+            group.append(Completion(prompt, output.prompt_token_ids, ids, logps, sample.text,
+                                    cut=sample.finish_reason == "length"))
         groups.append(sorted(group, key=lambda c: len(c.ids)))      # micro-batches pad little then
     return groups
 
-# --------------------------------------------------------------------------------------------------
-# 4. Rewards and advantages
 
-def overlong_penalty(length, max_length, cache_length):
-    """DAPO's soft overlong punishment (eq. 13): 0 up to max_length - cache_length tokens, then
-    linearly down to -1 at max_length; none for a cache_length of 0."""
-    excess = length - (max_length - cache_length)
-    return -min(1.0, max(0.0, excess / cache_length)) if cache_length else 0.0
+# 4. Rewards and advantages ------------------------------------------------------------------------
 
-def group_advantages(rewards, eps=1e-4):
+
+def group_advantages(rewards: Tensor, eps=1e-4) -> Tensor:
     """(P, G) rewards -> (P, G) advantages A_ij = (R_ij - mean_i) / (std_i + eps), std as in TRL and
     verl with Bessel's correction."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
 
-# --------------------------------------------------------------------------------------------------
-# 5. Loss
 
-def dapo_loss(logp, old_logp, advantages, mask, eps_low=0.2, eps_high=0.28, total_tokens=None,
-              weight=None):
+# 5. Loss ------------------------------------------------------------------------------------------
+
+
+def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, eps_low=0.2,
+              eps_high=0.28, total_tokens: int | None = None, weight: Tensor | None = None):
     """The clipped surrogate of DAPO (eq. 8), negated: a scalar, and metrics.
 
-    logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,). The sum
-    over tokens is divided by `total_tokens`, those of the whole step (None: of `mask`), so that the
-    micro-batches' losses and metrics add up. `weight`: importance weights trainer / vLLM, or None.
+    logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,) or
+    (N, 1). `weight`: importance weights trainer / vLLM. The sum over tokens is divided by
+    `total_tokens`, those of the whole step (None: of `mask`), so that micro-batches add up: they
+    hold whole completions, but not all of the step. Likewise an objective of sequences (GSPO) sums
+    over N and divides by the step's number of sequences, which its author knows.
     """
+    advantages, mask = advantages.reshape(len(logp), 1), mask.bool()        # refuses (N, T)
     total_tokens = total_tokens or int(mask.sum())
-    advantages = advantages[:, None]                                        # (N, 1)
     ratio = torch.exp((logp - old_logp).masked_fill(~mask, 0.0))            # (N, T)
     unclipped = ratio * advantages
     clipped = ratio.clamp(1 - eps_low, 1 + eps_high) * advantages
     surrogate = torch.min(unclipped, clipped)
     if weight is not None:
         surrogate = surrogate * weight.detach()
-    metrics = {"clip_fraction": ((clipped < unclipped) & mask).sum().item() / total_tokens,
-               "ratio": (ratio.detach() * mask).sum().item() / total_tokens}
-    return -surrogate.masked_fill(~mask, 0.0).sum() / total_tokens, metrics
+    loss = -surrogate.masked_fill(~mask, 0.0).sum() / total_tokens
+    return loss, {"loss": loss.detach(),
+                  "ratio": (ratio.detach() * mask).sum() / total_tokens,
+                  "clip_fraction": ((clipped < unclipped) & mask).sum() / total_tokens}
 
-# --------------------------------------------------------------------------------------------------
-# 6. Backward through the frozen model
-#   pixels -> vision tower -> image features -> prefix of prompt 1 -> its G completions -> loss
-#             once a step     ^              -> prefix of prompt 2 -> its G completions -> loss
-#                             gradients         once a group     ^    in micro-batches
-#                             meet here                          and here
-# All sequences share the image, those of a group its prompt, too: each is computed once. A group
-# costs prompt + G * completion tokens, not G * (prompt + completion). The graph is cut at both
-# places (`cut_graph`): gradients of what follows add up there, then go on, once, to the front.
-# Beware: transformers keeps `rope_deltas`, the offset of positions behind an image, in the model
-# object. The prefix sets it, and its completions rely on it.
+
+# 6. Backward through the frozen model -------------------------------------------------------------
+#
+#   pixels -> vision tower -> image features -> prompt 1 -> its G completions -> loss
+#             once a step     ^                 prompt 2 -> its G completions -> loss
+#                             gradients         once       ^     in micro-batches
+#                             meet here         a group    and here
+#
+# All sequences share the image, and those of a group their prompt: each is computed once, and the
+# completions run on the prompt's key-value cache: P + G * C tokens a group, not G * (P + C). The
+# graph is cut at both places (`cut_graph`): gradients of what follows meet there and go on, once.
+
+
+def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]],
+             advantages: Tensor, loss_function: Callable = dapo_loss, temperature=1.0,
+             weight_cap=2.0, tokens_per_microbatch=4096, total_tokens=None) -> Counter:
+    """Add the gradient of the loss over P groups of G Completions, with advantages (P, G), to the
+    pixels. `total_tokens`: of the whole step, if these groups are a part of it; gradients and the
+    metrics that it returns add up. The first call for a Completion keeps its `old_logps`."""
+    metrics = Counter()
+    device, image = model.device, pixels.to_image()
+    total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
+    features, finish_image = cut_graph(pixels.features(model, processor, groups[0][0].prompt))
+    for group, advantage in zip(groups, advantages.to(device)):                     # (G,)
+        prefix, finish_prefix = cut_graph(run_prompt(model, processor, group[0], image, features))
+        longest = max(len(c.ids) for c in group)        # the prompt's graph is in memory, too
+        size = max(1, (tokens_per_microbatch - len(group[0].prompt_ids)) // max(1, longest))
+        for start in range(0, len(group), size):                                    # micro-batches
+            completions = group[start:start + size]
+            ids = pad([c.ids for c in completions], 0, device)                      # (N, T)
+            mask = pad([[True] * len(c.ids) for c in completions], False, device)   # (N, T)
+            logp = completion_logps(model, prefix, ids, mask, temperature)          # (N, T)
+            for c, row in zip(completions, logp.tolist()):
+                if c.old_logps is None:
+                    c.old_logps = row[:len(c.ids)]
+            old_logp = pad([c.old_logps for c in completions], 0.0, device)
+            vllm_logp = pad([c.vllm_logps for c in completions], 0.0, device)
+            weight = (old_logp - vllm_logp).exp().clamp(max=weight_cap) if weight_cap else None
+            loss, found = loss_function(logp, old_logp, advantage[start:start + size], mask,
+                                        total_tokens=total_tokens, weight=weight)
+            loss.backward()
+            found |= {"entropy": -old_logp.sum() / total_tokens,
+                      "mismatch": (old_logp - vllm_logp).abs().sum() / total_tokens}
+            for name, value in found.items():
+                metrics[name] += torch.as_tensor(value).item()
+        finish_prefix()
+    finish_image()
+    return metrics
+
+
+def run_prompt(model, processor, completion: Completion, image: Image.Image | None, features):
+    """Image and prompt through the language model: (the attributes of each cache layer, last hidden
+    state (1, 1, hidden)). The model object keeps `rope_deltas`, the offset of positions behind an
+    image, for the completions: they must run before the next prompt does."""
+    inputs = model_inputs(processor, completion.prompt, image).to(model.device)
+    if inputs["input_ids"][0].tolist() != completion.prompt_ids:
+        raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
+    del inputs["attention_mask"]                        # one unpadded prompt needs none
+    inputs.pop("pixel_values", None)
+    cache = graph_cache(model)
+    states = model.base_model(**inputs, mm_encoder_outputs={"image": features},
+                              past_key_values=cache, use_cache=True)
+    return [vars(layer) for layer in cache.layers], states.last_hidden_state[:, -1:]
+
+
+def completion_logps(model, prefix, ids: Tensor, mask: Tensor, temperature=1.0) -> Tensor:
+    """Logprobs (N, T) of N completions `ids` (N, T) behind one prompt, on N copies of its cache,
+    through which gradients go back. `mask`: false on their right padding, where they are 0."""
+    def repeat(tensor):
+        return tensor.repeat_interleave(len(ids), 0) if tensor.dim() else tensor
+
+    layers, last_state = prefix
+    cache = graph_cache(model)
+    for layer, held in zip(cache.layers, layers):
+        vars(layer).update(tree_map_only(Tensor, repeat, held))
+    # Causal attention cannot see the padding on the right. Without an image in the call, a sampled
+    # image placeholder is an ordinary token, as it is to vLLM.
+    states = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    # State t - 1 predicts token t.
+    hidden = torch.cat([repeat(last_state), states.last_hidden_state[:, :-1]], dim=1)
+    logps = token_logps(hidden[mask], ids[mask], model.get_output_embeddings(), temperature)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logps)
+
+
+def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=1.0) -> Tensor:
+    """Logprobs (M,) of `targets` (M,) from hidden states (M, hidden) and the output layer. Kept for
+    backward is only the slope (onehot - p) @ W / temperature: the logits would be gigabytes."""
+    logps, slopes = [], []
+    with torch.no_grad():
+        for h, target in zip(hidden.split(512), targets[:, None].split(512)):
+            logp = (output(h).float() / temperature).log_softmax(-1)        # (512, vocabulary)
+            logps.append(logp.gather(1, target)[:, 0])
+            slope = logp.exp_().neg_()
+            slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
+            slopes.append(slope.to(h.dtype) @ output.weight / temperature)
+    linear = (hidden.float() * torch.cat(slopes)).sum(-1)
+    return torch.cat(logps) + (linear - linear.detach())        # the value, and the gradient
+
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
     """transformers overwrites the recurrent state, which backward still needs: this assigns."""
+
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
         self.is_recurrent_states_initialized[state_idx] = True
         return recurrent_states
 
-def graph_cache(model):
+
+def graph_cache(model) -> DynamicCache:
     """An empty cache that gradients pass through. Raises InputError for other kinds of layers."""
     cache = DynamicCache(config=model.config.get_text_config())
     for layer in cache.layers:
@@ -187,414 +330,287 @@ def graph_cache(model):
             raise InputError(f"--model: art.py sends no gradient through a {type(layer).__name__}.")
     return cache
 
-def encode_image(model, processor, prompt, image):
-    """Features of a float (3, H, W) image in [0, 255], with their graph. The model's own processor
-    is differentiable and gives the PNG's values; some need a text beside it: any prompt will do."""
-    inputs = model_inputs(processor, prompt, image).to(model.device)
-    names = processor.image_processor.model_input_names
-    inputs = {name: value for name, value in inputs.items() if name in names}
-    return model.get_image_features(**inputs, return_dict=True)
-
-def run_prefix(model, inputs, features):
-    """Image and prompt through the language model, once for all completions: (what each cache layer
-    holds, last hidden state (1, 1, hidden))."""
-    cache = graph_cache(model)
-    states = model.base_model(**inputs, mm_encoder_outputs={"image": features},
-                              past_key_values=cache, use_cache=True)
-    return [vars(layer) for layer in cache.layers], states.last_hidden_state[:, -1:]
-
-def completion_logprobs(model, prefix, ids, mask, temperature=1.0):
-    """Logprobs (N, T) of N right-padded completions `ids` (N, T) of one prompt. They run on the
-    prefix's cache, repeated N times; their graph leads back to it."""
-    def repeat(tensor):
-        return tensor.repeat_interleave(len(ids), 0) if tensor.dim() else tensor
-
-    layers, last_state = prefix
-    cache = graph_cache(model)
-    for layer, held in zip(cache.layers, layers):
-        vars(layer).update(tree_map_only(torch.Tensor, repeat, held))
-    # Padding stands on the right, where causal attention cannot see it. Without an image in the
-    # call, a sampled image placeholder is an ordinary token, as it is to vLLM.
-    states = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    # State t - 1 predicts token t.
-    hidden = torch.cat([repeat(last_state), states.last_hidden_state[:, :-1]], dim=1)
-    logps = TokenLogprobs.apply(hidden[mask], ids[mask], model.get_output_embeddings(), temperature)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logps)
-
-class TokenLogprobs(torch.autograd.Function):
-    """Logprobs (M,) of `targets` (M,) from the last hidden states (M, hidden) and the output layer.
-
-    The slope d logp / d hidden = (onehot - p) @ W / temperature is only as large as `hidden`.
-    It is kept instead of logits, `chunk` tokens at a time: those of a batch would be gigabytes.
-    """
-    @staticmethod
-    def forward(ctx, hidden, targets, output, temperature=1.0, chunk=512):
-        logps, slopes = [], []
-        for h, target in zip(hidden.split(chunk), targets[:, None].split(chunk)):
-            logp = (output(h).float() / temperature).log_softmax(-1)        # (chunk, vocabulary)
-            logps.append(logp.gather(1, target)[:, 0])
-            slope = logp.exp_().neg_()
-            slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
-            slopes.append(slope.to(h.dtype) @ output.weight / temperature)
-        ctx.save_for_backward(torch.cat(slopes))
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        slopes, = ctx.saved_tensors
-        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None, None
 
 def cut_graph(tree):
     """Cut the autograd graph at the tensors of `tree`. Returns (the same tree as the start of a new
     graph, finish). The gradients of any number of backward passes add up at the cut, in float32;
     finish() then sends their sum through the old graph, once."""
-    tensors, spec = tree_flatten(tree)
-    leaves = {i: tensor.detach().float().requires_grad_() for i, tensor in enumerate(tensors)
-              if torch.is_tensor(tensor) and tensor.requires_grad}
+    cuts = []
+
+    def cut(tensor):
+        if not tensor.requires_grad:
+            return tensor
+        leaf = tensor.detach().float().requires_grad_()
+        cuts.append((tensor, leaf))
+        return leaf.to(tensor.dtype)
 
     def finish():
-        reached = [i for i, leaf in leaves.items() if leaf.grad is not None]
-        torch.autograd.backward([tensors[i] for i in reached],
-                                [leaves[i].grad.to(tensors[i].dtype) for i in reached])
+        reached = [(tensor, leaf) for tensor, leaf in cuts if leaf.grad is not None]
+        torch.autograd.backward([tensor for tensor, _ in reached],
+                                [leaf.grad.to(tensor.dtype) for tensor, leaf in reached])
 
-    new = [leaves[i].to(old.dtype) if i in leaves else old for i, old in enumerate(tensors)]
-    return tree_unflatten(new, spec), finish
+    return tree_map_only(Tensor, cut, tree), finish
 
-def pad(rows, dtype, device):
-    """Lists of different lengths as one tensor (N, T), zeros on the right."""
+
+def pad(rows: list[list], fill, device) -> Tensor:
+    """Lists of different lengths as one tensor (N, T), with `fill` on the right."""
     width = max(2, *map(len, rows))                     # models take one token for a decoding step
-    padded = [row + [0] * (width - len(row)) for row in rows]
-    return torch.tensor(padded, dtype=dtype, device=device)
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
 
-def backward(model, processor, pixels, groups, advantages, loss=dapo_loss, old_logps=None,
-             tokens_per_microbatch=4096, temperature=1.0, weight_cap=2.0, total_tokens=None):
-    """Add the gradient of the `loss` over `groups` (P lists of Completions) to `pixels`.
 
-    `advantages`: (P, G). `old_logps`: what the first update of this rollout batch returned; None in
-    that first update. `total_tokens`: the completion tokens of the whole step, where `groups` are a
-    part of it: gradients and metrics of parts add up. Returns (metrics of the step, old_logps).
-    """
-    metrics, kept_logps = Counter(), []
-    if not groups:
-        return metrics, kept_logps
-    device, picture = model.device, pixels.to_image()
-    total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
-    features, finish_image = cut_graph(
-        encode_image(model, processor, groups[0][0].prompt, pixels()))
-    for group, group_advantage in zip(groups, advantages):
-        inputs = model_inputs(processor, group[0].prompt, picture).to(device)
-        if inputs["input_ids"][0].tolist() != group[0].prompt_ids:
-            raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
-        # One unpadded prompt needs no mask.
-        inputs = {k: v for k, v in inputs.items() if k not in ("pixel_values", "attention_mask")}
-        prefix, finish_prefix = cut_graph(run_prefix(model, inputs, features))
-        room = tokens_per_microbatch - len(group[0].prompt_ids)
-        size = max(1, room // max(1, *(len(c.ids) for c in group)))
-        for start in range(0, len(group), size):                            # micro-batches
-            part = group[start:start + size]
-            ids = pad([c.ids for c in part], torch.long, device)                            # (N, T)
-            mask = pad([[True] * len(c.ids) for c in part], torch.bool, device)
-            sampled_logp = pad([c.logps for c in part], torch.float, device)
-            logp = completion_logprobs(model, prefix, ids, mask, temperature)
-            old_logp = logp.detach() if old_logps is None else old_logps[len(kept_logps)]
-            kept_logps.append(old_logp)
-            gap = (old_logp - sampled_logp).masked_fill(~mask, 0.0)         # trainer against engine
-            weight = gap.exp().clamp(max=weight_cap) if weight_cap else None
-            part_advantage = group_advantage[start:start + size].to(device)
-            value, found = loss(logp, old_logp, part_advantage, mask, total_tokens=total_tokens,
-                                weight=weight)
-            value.backward()
-            metrics.update(found)                                           # adds
-            metrics.update(loss=value.item(), entropy=-old_logp.sum().item() / total_tokens,
-                           mismatch=gap.abs().sum().item() / total_tokens)
-        finish_prefix()
-    finish_image()
-    return metrics, kept_logps
+# 7. The loop --------------------------------------------------------------------------------------
+# Under torchrun each rank has an engine, a frozen model and prompts of its own; the
+# gradient is that of the loss over the tokens of all ranks.
 
-# --------------------------------------------------------------------------------------------------
-# 7. The loop, and what it needs
-
-# torchrun's processes, each with an engine, a frozen model and prompts of its own
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def gather(value):
+
+def gather(value) -> list:
     """The `value` of every rank, in their order; without torchrun, a list of one."""
     values = [value] * WORLD_SIZE
     if WORLD_SIZE > 1:
         distributed.all_gather_object(values, value)
     return values
 
-def load_model(name, device):
+
+def train(config: Config, pixels: nn.Module | None = None, loss_function: Callable | None = None,
+          on_step: Callable | None = None, llm=None, model=None):
+    """Train one image as the flags say, into the folder `config.out`. Yours, if given: `pixels` in
+    the place of PixelLogits, `loss_function` of dapo_loss, `on_step`, which is called with each
+    step's metrics, an engine and a frozen model."""
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.random_seed)
+    task, processor = TASKS[config.task], load_processor(config.model)
+    pixels = pixels or PixelLogits(load_seed(config.seed, config.size), config.rounding)
+    if loss_function is None:
+        loss_function = partial(dapo_loss, eps_low=config.eps_low, eps_high=config.eps_high)
+    seed_image = pixels.to(device).to_image()
+    if seed_image:
+        check_size(processor, *seed_image.size)
+    optimizer = torch.optim.AdamW(pixels.parameters(), weight_decay=config.weight_decay)
+    training, validation = load_examples(config, task, processor, seed_image)
+    inputs = f"{training} {validation} {seed_image and seed_image.tobytes().hex()}"
+    state = load_state(config, inputs, pixels, optimizer)
+    llm = llm or load_engine(config.model, config.max_model_len, config.max_num_seqs,
+                             config.gpu_memory_utilization, config.random_seed)
+    model = model or load_model(config.model, device)
+
+    history = state["history"]                                  # the metrics of each step
+    for step in range(len(history), config.steps + 1):          # step 0 only validates the seed
+        metrics = {"step": step}
+        if step > 0:
+            start = time.time()
+            groups, sampled = sample_groups(llm, processor, task, training, pixels.to_image(), step,
+                                            config)
+            middle = time.time()
+            lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / config.warmup)
+            metrics |= sampled | update_pixels(model, processor, pixels, optimizer, groups,
+                                               loss_function, config)
+            metrics.update(lr=lr, rollout_s=middle - start, trainer_s=time.time() - middle)
+        if step % config.validate_every == 0 or step == config.steps:
+            results = evaluate(llm, processor, task, validation[RANK::WORLD_SIZE],
+                               pixels.to_image(), config.max_new_tokens)
+            right = sum(gather(sum(result["score"] for result in results)))
+            metrics["validation"] = right / len(validation)
+        history.append(metrics)
+        if RANK == 0:
+            finish_step(config, state, pixels, optimizer, seed_image)
+        if on_step:
+            on_step(metrics)
+
+
+def sample_groups(llm, processor, task: Task, examples: list[Example], image: Image.Image | None,
+                  step: int, config: Config) -> tuple[list[list[Completion]], dict]:
+    """Dynamic sampling: roll out until `config.prompts` groups hold both right and wrong answers,
+    at most `config.rounds` times. Returns those groups, and metrics over all that was sampled, on
+    all ranks. Random seed, rank and step alone say which prompts, and seed their samples."""
+    generator = random.Random(f"{config.random_seed} {RANK} {step}")
+    kept, sampled = [], []
+    for _ in range(config.rounds):
+        chosen = generator.sample(examples, config.prompts - len(kept))
+        random_seeds = [generator.getrandbits(62) for _ in chosen]
+        prompts = [render(processor, e) for e, _ in arm_requests(processor, chosen, image)]
+        groups = rollout(llm, prompts, image, config.group_size, config.max_new_tokens,
+                         config.temperature, random_seeds)
+        for example, group in zip(chosen, groups):
+            for c, reward in zip(group, task.rewards(example, group)):
+                c.score, c.reward = task.score(example, c.text), reward
+                sampled.append((c.score, c.reward, len(c.ids), c.cut))
+            if len({c.score for c in group}) > 1:       # by the score, not by the shaped reward
+                kept.append(group)
+        if len(kept) == config.prompts:
+            break
+    sampled = sum(gather(sampled), [])
+    metrics = dict(zip(("score", "reward", "length", "cut"), np.mean(sampled, axis=0).tolist()))
+    metrics.update(groups=sum(gather(len(kept))), sampled_groups=len(sampled) // config.group_size)
+    return kept, metrics
+
+
+def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[list[Completion]],
+                  loss_function: Callable, config: Config) -> dict:
+    """`config.updates` steps of AdamW on one batch of groups. Returns metrics; "skipped" is 1 if a
+    loss or gradient was not finite, so that an update was left out; the others are of the last."""
+    total_tokens = sum(gather(sum(len(c.ids) for group in groups for c in group)))
+    rewards = torch.tensor([[float(c.reward) for c in group] for group in groups])  # (P, G)
+    metrics = Counter()
+    for _ in range(config.updates if total_tokens else 0):
+        for parameter in pixels.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        own = {} if not groups else backward(           # a rank without groups adds nothing
+            model, processor, pixels, groups, group_advantages(rewards), loss_function,
+            config.temperature, config.weight_cap, config.tokens_per_microbatch, total_tokens)
+        metrics = Counter()
+        for part in gather(own):
+            metrics.update(part)                        # adds
+        for parameter in pixels.parameters():
+            parameter.grad = sum(gather(parameter.grad.cpu())).to(parameter.device)
+        metrics["grad_norm"] = nn.utils.get_total_norm(p.grad for p in pixels.parameters()).item()
+        if not all(map(math.isfinite, metrics.values())):
+            return {"skipped": 1}
+        optimizer.step()
+    return {**metrics, "skipped": 0}
+
+
+# What the loop needs: model, data, and the run's folder -------------------------------------------
+
+
+def load_model(name: str, device: str):
     """The frozen model, float32 on the CPU and bfloat16 on a GPU. Raises InputError."""
+    # fla 0.6 would compile a TileLang kernel with pip's nvcc, against other headers (fla issue
+    # 949). It reads this when transformers imports it, with the model's code.
+    os.environ.setdefault("FLA_TILELANG", "0")
+    # With a mask, cuDNN's attention gave NaN gradients on Hopper (pytorch issue 196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = torch.bfloat16 if "cuda" in device else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
     model = model.eval().requires_grad_(False).to(device)
-    graph_cache(model)
-    ids = torch.tensor([[0, 1]], device=device)
-    states = model.base_model(input_ids=ids).last_hidden_state
-    if not torch.equal(model(input_ids=ids).logits, model.get_output_embeddings()(states)):
-        raise InputError(f"--model {name}: it scales or caps its logits; TokenLogprobs does not.")
+    check_model(model, device)
     return model
 
-def check_size(processor, size):
-    """Raise InputError unless the processor takes `size` x `size` pixels as they are."""
-    if is_resized(processor, size, size):
-        sides = {*range(28, 1025, 28), *range(32, 1025, 32)}                # pairs of patches
-        near = sorted(sides, key=lambda side: abs(side - size))[:30]
-        works = sorted([side for side in near if not is_resized(processor, side, side)][:5])
-        raise InputError(f"--size {size}: the model's image processor would resize or refuse it; "
-                         f"sizes that work near it: {', '.join(map(str, works)) or 'none'}.")
 
-def load_examples(args, task, processor, seed_image):
-    """(training examples, validation examples); which is which does not depend on their order."""
-    examples = task.load("train", args.data, args.limit)
-    examples = fitting(processor, examples, args.max_model_len - args.max_new_tokens,
-                       [(behind(IMAGE, examples[0]), seed_image)])
-    keys = sorted({example["key"] for example in examples})     # rows of one conversation share one
-    random.Random(0).shuffle(keys)
-    held_out = set(keys[:args.validation])
-    validation = [e for e in examples if e["key"] in held_out][:args.validation]
-    training = [e for e in examples if e["key"] not in held_out]
-    if len(training) < args.prompts:
-        raise InputError(f"--prompts {args.prompts}: only {len(training)} examples are left beside "
-                         f"--validation {args.validation}; lower one, or give more data.")
+def check_model(model, device: str):
+    """Raise InputError for a model behind which `backward` would be wrong, or ten times slower."""
+    cache = graph_cache(model)
+    try:
+        require_version("transformers>=5.18")           # older models take no mm_encoder_outputs
+        if "cuda" in device and any(isinstance(x, LinearAttentionLayer) for x in cache.layers):
+            import fla.ops.gated_delta_rule     # noqa: F401  (transformers falls back silently)
+    except Exception as error:
+        raise InputError(f"{first_line(error)}: pip install -r requirements.txt (transformers, "
+                         "flash-linear-attention).") from error
+    ids = torch.tensor([[0, 1]], device=device)
+    found = model(input_ids=ids, output_hidden_states=True)
+    expected = model.get_output_embeddings()(found.hidden_states[-1])
+    if (found.logits - expected).abs().max() > 0.01 * expected.abs().max():
+        raise InputError("--model: it scales or caps its logits; art.py does not.")
+
+
+def load_examples(config: Config, task: Task, processor, image) -> tuple[list, list]:
+    """(training, validation) Examples; those of one key, of one conversation, stay together."""
+    examples = task.load("train", config.data)
+    examples = fitting(processor, examples, config.max_model_len - config.max_new_tokens,
+                       arm_requests(processor, examples[:1], image))
+    examples.sort(key=lambda example: key_hash(example.key))
+    validation = examples[:config.validation]
+    held_out = {example.key for example in validation}
+    training = [example for example in examples if example.key not in held_out]
+    if len(training) < config.prompts:
+        raise InputError(f"--prompts {config.prompts}: only {len(training)} examples are left "
+                         f"beside --validation {config.validation}; lower one, or give more data.")
     return training, validation
 
-def endless_prompts(examples, rng, used):
-    """Yield (random number seed, example) for ever, in random order, less the first `used`."""
-    shuffle, number = random.Random(rng), 0
-    while True:
-        for example in shuffle.sample(examples, len(examples)):
-            if number >= used:
-                yield random.Random(f"{rng} {number}").getrandbits(62), example
-            number += 1
 
-def sample_groups(llm, processor, task, prompts, image, args):
-    """Dynamic sampling: roll out until `args.prompts` groups hold both right and wrong answers, at
-    most `args.rounds` times; each rank samples its part of a round. Returns the kept groups of all
-    ranks, their (P, G) rewards, and metrics over everything that was sampled."""
-    kept, rewards, seen = [], [], []
-    for _ in range(args.rounds):
-        rngs, examples = zip(*(next(prompts) for _ in range(args.prompts - len(kept))))
-        texts = [render(processor, behind(IMAGE, e)) for e in examples[RANK::WORLD_SIZE]]
-        shares = gather(rollout(llm, texts, image, args.group_size, args.max_new_tokens,
-                                args.temperature, rngs[RANK::WORLD_SIZE]))
-        for i, example in enumerate(examples):
-            group = shares[i % WORLD_SIZE][i // WORLD_SIZE]
-            scores = [task.score(example, c.text) for c in group]
-            lengths = [len(c.ids) for c in group]
-            penalties = [overlong_penalty(length, args.max_new_tokens, args.overlong_cache)
-                         for length in lengths]
-            reward = task.reward or task.score
-            group_rewards = [reward(example, c.text) + p for c, p in zip(group, penalties)]
-            seen += zip(scores, group_rewards, lengths, [c.cut for c in group])
-            if len(set(scores)) > 1:                    # by the score, not by the shaped reward
-                kept.append(group)
-                rewards.append(group_rewards)
-        if len(kept) == args.prompts:
-            break
-    metrics = dict(zip(("score", "reward", "length", "cut"), np.mean(seen, axis=0).tolist()))
-    metrics.update(groups=len(kept), sampled_groups=len(seen) // args.group_size, skipped=0)
-    return kept, torch.tensor(rewards), metrics
-
-def step_pixels(pixels, optimizer, seed, metrics, args):
-    """One step of AdamW with the gradients of all ranks. Returns the step's metrics; "skipped" is 1
-    if one of them is not finite, and then the pixels stay as they are."""
-    pixels.logits.grad = sum(gather(pixels.logits.grad.cpu())).to(pixels.logits.device)
-    total = Counter()
-    for share in gather(metrics):
-        total.update(share)                                 # adds
-    total["grad_norm"] = pixels.logits.grad.norm().item()
-    if not all(map(math.isfinite, total.values())):
-        return {"skipped": 1}
-    optimizer.step()
-    if args.max_change < 255:
-        pixels.bound(seed, args.max_change)
-    return total
-
-# Flags that a run may change when it goes on: they do not change what a step computes
+# Flags that may change when a run goes on: they do not change what a step computes
 FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch")
 
-def load_state(args, settings):
-    """The state of the run in `args.out`; None where one begins. Raises InputError."""
-    path = Path(args.out, "state.pt")
+
+def load_state(config: Config, inputs: str, pixels: nn.Module, optimizer) -> dict:
+    """The state of the run in `config.out`, loaded into pixels and optimizer; a new one where a run
+    begins. `inputs`: its data and seed. Raises InputError if it is another run's, or broken."""
+    folder, path = Path(config.out), Path(config.out, "state.pt")
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    settings["data_hash"] = key_hash(inputs)
+    state = {"settings": settings, "history": [], "files": {}}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = torch.load(path, "cpu", weights_only=True) if path.exists() else None
-        before = state["settings"] if state else settings
-        others = [name for name in settings if before.get(name) != settings[name]]
+        folder.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(folder.iterdir())
+        if path.exists():
+            state = torch.load(path, "cpu", weights_only=True)
+        others = [name for name in settings if state["settings"].get(name) != settings[name]]
     except Exception as error:                          # torch.load raises anything
-        raise InputError(f"--out {args.out}: it holds no run ({type(error).__name__}).") from error
-    if not args.resume and any(path.parent.iterdir()):
-        raise InputError(f"--out {args.out}: it is not empty; go on with the run in it by "
-                         "--resume, or name another folder.")
+        raise InputError(f"--out {folder}: it holds no run ({first_line(error)}).") from error
+    if not config.resume and not is_empty:
+        raise InputError(f"--out {folder}: it is not empty; --resume goes on with the run in it.")
     if others:
-        raise InputError(f"--resume: the run in {args.out} has another {', '.join(others)}; give "
-                         "its flags again, or another --out.")
+        raise InputError(f"--resume: {folder} was run with another {', '.join(others)}: give that.")
+    if state["history"]:
+        pixels.load_state_dict(state["pixels"])
+        optimizer.load_state_dict(state["optimizer"])
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in state["history"])
+        for name, data in {**state["files"], "metrics.jsonl": lines.encode()}.items():
+            if RANK == 0:                               # a kill may have left older files
+                save(data, folder / name)
     return state
 
-def finish_step(args, settings, history, pixels, optimizer, seed_image):
-    """Write what a run leaves after a step, the last of its `history` of metrics; print it."""
-    out, image, metrics = Path(args.out), pixels.to_image(), history[-1]
-    metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
-    notes = {"Software": "art.py, ART as of arXiv 2606.11854", "step": metrics["step"]}
-    for name, value in settings.items():                        # of local paths, the last part
-        notes[name] = Path(str(value)).name if os.path.exists(str(value)) else value
-    save(png_bytes(image, notes), out / "last.png")
-    if "validation" in metrics:
-        save(png_bytes(seed_image), out / "seed.png")           # as cropped and scaled
-        save(png_bytes(panel(seed_image, image)), out / "panel.png")
-        # The earlier of two equally good images is kept: it is nearer to the seed.
-        if all(metrics["validation"] > before.get("validation", -1) for before in history[:-1]):
-            notes["accuracy"] = metrics["validation"]
-            save(png_bytes(image, notes), out / "best.png")
-    state = dict(settings=settings, history=history, logits=pixels.logits.detach(),
-                 optimizer=optimizer.state_dict())
-    torch.save(state, buffer := io.BytesIO())
-    save(buffer.getvalue(), out / "state.pt")
-    save("".join(json.dumps(line) + "\n" for line in history).encode(), out / "metrics.jsonl")
-    shown = ("reward", "score", "groups", "length", "entropy", "mismatch", "clip_fraction",
-             "skipped", "moved", "rollout_s", "trainer_s", "validation")
-    found = [f"{name} {metrics[name]:.4g}" for name in shown if name in metrics]
-    print(f"step {metrics['step']}", *found, sep="  ", flush=True)
 
-def panel(seed, image):
-    """Seed, image and their difference around mid-grey, side by side, as a PIL image."""
+def finish_step(config: Config, state: dict, pixels: nn.Module, optimizer, seed_image):
+    """Save and print the last step of the history. The pictures to look at are a part of the state,
+    so that both agree whenever the run is killed."""
+    *earlier, metrics = state["history"]
+    image, files = pixels.to_image(), state["files"]
+    notes = {"step": metrics["step"]}
+    for name, value in state["settings"].items():               # of local paths, the last part
+        notes[name] = Path(str(value)).name if os.path.exists(str(value)) else value
+    if image:
+        metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
+        files["last.png"] = png_bytes(image, notes)
+    if image and "validation" in metrics:
+        notes["accuracy"] = metrics["validation"]
+        files["panel.png"] = png_bytes(panel(seed_image, image), notes)
+        files.setdefault("seed.png", png_bytes(seed_image, notes))      # as cropped and scaled
+        # The earlier of two equally good images is kept: it is nearer to the seed.
+        if all(metrics["validation"] > before.get("validation", -1) for before in earlier):
+            files["best.png"] = png_bytes(image, notes)
+    buffer = io.BytesIO()
+    state.update(pixels=pixels.state_dict(), optimizer=optimizer.state_dict())
+    torch.save(state, buffer)
+    for name, data in {"state.pt": buffer.getvalue(), **files}.items():
+        save(data, Path(config.out, name))
+    with open(Path(config.out, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
+    seconds = metrics.get("rollout_s", 0) + metrics.get("trainer_s", 0)
+    left = f"{seconds * (config.steps - metrics['step']) / 60:.1f} min left" if seconds else ""
+    print(f"step {metrics['step']}/{config.steps}", *shown, left, sep="  ", flush=True)
+
+
+SHOWN = ("reward", "score", "groups", "length", "entropy", "mismatch", "clip_fraction", "skipped",
+         "moved", "rollout_s", "trainer_s", "validation")
+
+
+def panel(seed: Image.Image, image: Image.Image) -> Image.Image:
+    """Seed, image and their difference around mid-grey, side by side."""
     seed, image = np.asarray(seed, dtype=int), np.asarray(image, dtype=int)
     sheet = np.hstack([seed, image, 128 + image - seed])
     return Image.fromarray(sheet.clip(0, 255).astype(np.uint8))
 
-def train(args):
-    """Train one image as the flags say; what it makes lies in the folder `args.out`."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    task, processor = TASKS[args.task], load_processor(args.model)
-    check_size(processor, args.size)
-    seed = load_seed(args.seed, args.size)                                          # 1. Seed
-    pixels = PixelLogits(seed, args.rounding).to(device)                            # 2. Pixels
-    seed_image, decay = pixels.to_image(), args.weight_decay
-    optimizer = torch.optim.AdamW(pixels.parameters(), args.lr, args.betas, weight_decay=decay)
-    examples, validation = load_examples(args, task, processor, seed_image)
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings["inputs"] = key_hash(f"{examples} {seed_image.tobytes().hex()}")
-    history = []                                                # the metrics of each step
-    if state := gather(load_state(args, settings) if RANK == 0 else None)[0]:
-        history = state["history"]
-        pixels.load_state_dict({"logits": state["logits"]})
-        optimizer.load_state_dict(state["optimizer"])
-    llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
-                      args.gpu_memory_utilization, args.rng)
-    model = load_model(args.model, device)
-    used = sum(metrics.get("sampled_groups", 0) for metrics in history)
-    prompts = endless_prompts(examples, args.rng, used)
-    loss = partial(dapo_loss, eps_low=args.eps_low, eps_high=args.eps_high)
 
-    for step in range(len(history), args.steps + 1):            # step 0 only validates the seed
-        metrics, start, groups = {"step": step}, time.time(), []
-        if step > 0:
-            # 3. Rollout, until enough groups hold right and wrong answers
-            image = pixels.to_image()
-            groups, rewards, found = sample_groups(llm, processor, task, prompts, image, args)
-            metrics.update(found, rollout_s=time.time() - start)
-        if groups:
-            # 4. Advantages
-            advantages, old_logps = group_advantages(rewards), None
-            total_tokens = sum(len(c.ids) for group in groups for c in group)
-            metrics["lr"] = args.lr * min(1.0, step / args.warmup)
-            optimizer.param_groups[0]["lr"] = metrics["lr"]
-            for _ in range(args.updates):
-                # 5. Loss, and 6. its gradient, from this rank's share of the groups
-                pixels.logits.grad = torch.zeros_like(pixels.logits)
-                found, old_logps = backward(
-                    model, processor, pixels, groups[RANK::WORLD_SIZE],
-                    advantages[RANK::WORLD_SIZE], loss, old_logps, args.tokens_per_microbatch,
-                    args.temperature, args.weight_cap, total_tokens)
-                # 7. AdamW
-                metrics |= step_pixels(pixels, optimizer, seed, found, args)
-                if metrics["skipped"]:
-                    break
-            metrics["trainer_s"] = time.time() - start - metrics["rollout_s"]
-        if step % args.validate_every == 0 or step == args.steps:
-            share, image = validation[RANK::WORLD_SIZE], pixels.to_image()
-            results = evaluate(llm, processor, task, share, image, args.max_new_tokens)
-            scores = gather(sum(result["score"][0] for result in results))
-            metrics["validation"] = sum(scores) / len(validation)
-        history.append(metrics)
-        if RANK == 0:
-            finish_step(args, settings, history, pixels, optimizer, seed_image)
-        if sum(metrics.get("skipped", 0) for metrics in history[-10:]) == 10:
-            raise InputError("--lr: ten steps in a row had a loss or gradient that is not finite; "
-                             "lower it.")
-
-FLAGS = {
-    # Known from the paper (of --prompts, the product with --group-size)
-    "size": (256, "side of the image in pixels: 256 is 64 tokens, the least for Qwen3.5"),
-    "steps": (100, "rollout batches, one a step"),
-    "lr": (0.1, "AdamW's learning rate, constant after --warmup"),
-    "warmup": (5, "steps in which the learning rate rises"),
-    "group-size": (8, "completions for each prompt"),
-    "prompts": (4, "prompts a step: 32 completions in all"),
-    "eps-low": (0.2, "the ratio is clipped below 1 - this"),
-    "eps-high": (0.28, "the ratio is clipped above 1 + this"),
-    # Not known from the paper, or added to it
-    "temperature": (1.0, "of the rollouts"),
-    "weight-decay": (0.0, "AdamW's; any pulls the image to grey"),
-    "max-change": (255, "most levels that a pixel may differ from the seed's"),
-    "updates": (1, "for each rollout batch; the clip works from the second on"),
-    "rounds": (4, "sampling rounds a step, to replace groups that are all right or all wrong"),
-    "overlong-cache": (0, "last tokens before the limit, over which punishment grows; 0: none"),
-    "weight-cap": (2.0, "cap of the importance weight trainer / vLLM; 0: no weight"),
-    "max-new-tokens": (512, "a completion is cut off there"),
-    "max-model-len": (4096, "tokens of prompt and completion; longer prompts are left out"),
-    "max-num-seqs": (256, "sequences that vLLM runs at once"),
-    "tokens-per-microbatch": (4096, "in a pass of the trainer: they set its memory"),
-    "gpu-memory-utilization": (0.5, "vLLM's share of the GPU; the trainer needs the rest"),
-    "validation": (128, "training examples set aside to choose best.png"),
-    "validate-every": (10, "steps between validations"),
-    "rng": (0, "random number seed"),
-}
-
-def parse_args():
-    parser = argparse.ArgumentParser("art.py", "art.py --task TASK [--seed PICTURE] [flags]",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--task", required=True, choices=TASKS, help="the benchmark to train for")
-    add("--seed", help="the picture to start from; noise if not given")
-    add("--model", default="Qwen/Qwen3.5-0.8B", help="hub name or folder")
-    add("--data", help="local file of training rows in the benchmark's own schema")
-    add("--limit", type=positive, help="use only so many training examples")
-    add("--out", help="folder of the run; runs/TASK if not given")
-    add("--resume", action="store_true", help="go on with the run in --out, exactly, or start it; "
-        "give its other flags again (--steps may grow)")
-    add("--rounding", choices=("straight-through", "none"), default="straight-through",
-        help="none: the trainer sees the continuous image, as in the paper")
-    add("--betas", type=float, nargs=2, default=[0.9, 0.999], help="AdamW's")
-    for name, (default, text) in FLAGS.items():
-        kind = positive if isinstance(default, int) and default > 0 else type(default)
-        add(f"--{name}", type=kind, default=default, help=text)
-    return parser, parser.parse_args()
-
-def main():
-    parser, args = parse_args()
-    args.out = args.out or f"runs/{args.task}"
-    if args.group_size < 2 or args.temperature < 0.01:
-        parser.error("--group-size must be at least 2, and --temperature at least 0.01.")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    torch.manual_seed(args.rng)
+def main(argv: list[str] | None = None, **seams):
+    """The command line, of `argv` or of the process; `seams` go to `train`."""
+    parser = HfArgumentParser(Config, prog="art.py", usage="art.py --task TASK [flags]")
+    args = parser.parse_args(argv)
     if WORLD_SIZE > 1:
         distributed.init_process_group("gloo")
     try:
-        train(args)
+        train(Config(**vars(args)), **seams)
     except InputError as error:
         parser.error(str(error))
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: lower --tokens-per-microbatch or "
                      "--gpu-memory-utilization; --resume goes on.")
     except KeyboardInterrupt:
-        print(f"interrupted: --resume goes on with what {args.out} holds", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if WORLD_SIZE > 1:
-            distributed.destroy_process_group()
+        parser.exit(130, "interrupted: --resume goes on after the last step\n")
+
 
 if __name__ == "__main__":
     main()

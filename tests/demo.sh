@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ART on a laptop: trains an image against the tiny model in tests/tiny, then scores it on held-out questions.
-#   bash tests/demo.sh [gsm8k | gpqa | toolmind] [more flags of art.py, for instance --max-change 32]
+#   bash tests/demo.sh [gsm8k | gpqa | toolmind] [more flags of art.py, for instance --steps 30]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tests/cpu/setup.sh

