@@ -12,11 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest                                                                           # noqa: E402
+from transformers import HfArgumentParser                                               # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny"
 SEED = str(ROOT / "seed.png")
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import art                                                                              # noqa: E402
 import eval as tasks                                                                    # noqa: E402
@@ -26,8 +27,7 @@ def data(task, split):
     return str(TINY / task / (split + (".csv" if task == "gpqa" else ".jsonl")))
 
 
-# --------------------------------------------------------------------------------------------------
-# The programs, in a process of their own
+# The programs, in a process of their own ----------------------------------------------------------
 
 QUICK = ["--model", TINY, "--max-new-tokens", 48, "--max-model-len", 512, "--data"]
 ENV = dict(os.environ)
@@ -38,8 +38,9 @@ def run(*command, cwd=ROOT, **env):
                           text=True, timeout=300, env={**ENV, **env})
 
 
-def sentence_of(result):
+def refused(*command, **env):
     """The one sentence with which a wrong input is refused."""
+    result = run(*command, **env)
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr + result.stdout, result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -47,29 +48,18 @@ def sentence_of(result):
     return last
 
 
-def refused(*command, **env):
-    return sentence_of(run(*command, **env))
+# The programs, in this process --------------------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# The programs, in this process
-
-def art_args(out, *flags):
-    """The flags of `python art.py --out OUT FLAGS`; the last of equal flags counts."""
-    argv, sys.argv = sys.argv, ["art.py", "--out", *map(str, [out, *flags])]
-    try:
-        return art.parse_args()[1]
-    finally:
-        sys.argv = argv
+def config(out, *flags):
+    """The Config of `python art.py --out OUT FLAGS`; the last of equal flags counts."""
+    argv = [*map(str, ["--out", out, *flags])]
+    return art.Config(**vars(HfArgumentParser(art.Config).parse_args(argv)))
 
 
-def eval_main(*flags):
-    """`python eval.py FLAGS`."""
-    argv, sys.argv = sys.argv, ["eval.py", *map(str, flags)]
-    try:
-        return tasks.main(tasks.parse_args()[1])
-    finally:
-        sys.argv = argv
+def eval_main(*flags, llm=None):
+    """`python eval.py FLAGS`, with an engine that is there already."""
+    return tasks.main([*map(str, flags)], llm=llm)
 
 
 @pytest.fixture(scope="session")
@@ -91,14 +81,6 @@ ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 def llm():
     with mock.patch.dict(os.environ, ONE_RANK):
         return tasks.load_engine(str(TINY), max_model_len=1024, max_num_seqs=64)
-
-
-@pytest.fixture
-def engine(llm, monkeypatch):
-    """The shared engine, where art.py and eval.py would each start one of their own."""
-    monkeypatch.setattr(art, "load_engine", lambda *args, **options: llm)
-    monkeypatch.setattr(tasks, "load_engine", lambda *args, **options: llm)
-    return llm
 
 
 @pytest.fixture(scope="session")

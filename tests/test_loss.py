@@ -1,84 +1,115 @@
-"""DAPO's numbers, worked out by hand."""
-
-import math
+"""The algorithm's two formulas against TRL's GRPOTrainer: code of the field that this project did
+not write."""
 
 import pytest
 import torch
 
 import art
 
-
-def test_loss_by_hand_on_both_sides_of_both_clips():
-    """Completions of one token: both signs of the advantage; ratios below, between, above."""
-    ratios = torch.tensor([[0.5], [1.1], [1.5], [0.5], [1.1], [1.5], [0.75]])
-    advantages = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0, -1.0, -1.0])
-    # min(r A, clip(r, 0.8, 1.28) A): for A > 0 large ratios are cut, for A < 0 small ones.
-    surrogate = [2 * 0.5, 2 * 1.1, 2 * 1.28, -0.8, -1.1, -1.5, -0.8]
-    logp = torch.log(ratios).requires_grad_()
-    mask = torch.ones_like(logp, dtype=torch.bool)
-    loss, metrics = art.dapo_loss(logp, torch.zeros_like(logp), advantages, mask)
-    assert loss.item() == pytest.approx(-sum(surrogate) / 7, rel=1e-6)
-    assert metrics["clip_fraction"] == pytest.approx(3 / 7)                    # rows 3, 4 and 7
-    assert metrics["ratio"] == pytest.approx(ratios.mean().item())
-    loss.backward()
-    # d(r A)/d logp = r A where the clip is idle, 0 where it bites.
-    expected = [-2 * 0.5, -2 * 1.1, 0, 0, 1.1, 1.5, 0]
-    assert logp.grad[:, 0].tolist() == pytest.approx([g / 7 for g in expected], rel=1e-5)
+P, G, T = 6, 4, 9                           # prompts, completions of each, tokens of the longest
 
 
-def test_masked_tokens_count_for_nothing():
-    logp = torch.tensor([[math.log(1.1), 50.0], [float("-inf"), math.log(0.9)]], requires_grad=True)
-    mask = torch.tensor([[True, False], [False, True]])
-    loss, metrics = art.dapo_loss(logp, torch.zeros(2, 2), torch.tensor([1.0, -1.0]), mask)
-    assert loss.item() == pytest.approx(-(1.1 - 0.9) / 2, rel=1e-5)
-    assert metrics["clip_fraction"] == 0
-    loss.backward()
-    assert logp.grad.isfinite().all()
+@pytest.fixture(scope="module")
+def trl_trainer(processor, tmp_path_factory):
+    """A real GRPOTrainer with DAPO's loss and clip, on a random text model; its reward function
+    reads `rewards`."""
+    from datasets import Dataset
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+    args = GRPOConfig(
+        tmp_path_factory.mktemp("trl"), loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,
+        num_generations=G, per_device_train_batch_size=P * G, gradient_accumulation_steps=1,
+        steps_per_generation=1, max_completion_length=4, use_cpu=True, bf16=False, report_to="none")
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(processor.tokenizer), hidden_size=16, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2))
+    trainer = GRPOTrainer(model, lambda completions, **_: trainer.rewards, args,
+                          Dataset.from_list([{"prompt": "How many?"}]),
+                          processing_class=processor.tokenizer)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
 
 
-def test_every_token_weighs_the_same_whatever_its_completions_length():
-    """DAPO divides by all tokens of the batch, not first by each completion's length."""
-    mask = torch.tensor([[True] * 3, [True, False, False]])
-    zeros = torch.zeros(2, 3)
-    loss, _ = art.dapo_loss(zeros, zeros, torch.tensor([1.0, -1.0]), mask)
-    assert loss.item() == pytest.approx(-(3 * 1 - 1) / 4)
+def their_loss(trainer, monkeypatch, logp, old_logp, advantages, mask, total_tokens, weight=None):
+    """TRL's loss of a batch whose logprobs are given."""
+    def logps_and_entropies(*_, **__):
+        return logp, torch.zeros(logp.shape), None
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", logps_and_entropies)
+    ones = torch.ones(len(logp), 1, dtype=torch.long)
+    return trainer._compute_loss(trainer.model, {
+        "prompt_ids": ones, "prompt_mask": ones, "completion_ids": ones.expand(-1, T),
+        "completion_mask": mask.long(), "advantages": advantages, "old_per_token_logps": old_logp,
+        "num_items_in_batch": total_tokens, "importance_sampling_ratio": weight})
 
 
-@pytest.mark.parametrize("cut", [1, 3, 5])
-def test_micro_batches_add_up_to_the_batch(cut):
+def test_advantages_are_trls(trl_trainer):
     torch.manual_seed(0)
-    logp, old = torch.randn(2, 6, 7, dtype=torch.double)
-    mask, weight = torch.rand(6, 7) < 0.7, torch.rand(6, 7).double()
-    advantages, total = torch.randn(6, dtype=torch.double), int(mask.sum())
-    whole, metrics = art.dapo_loss(logp, old, advantages, mask, total_tokens=total, weight=weight)
-    parts = [art.dapo_loss(logp[rows], old[rows], advantages[rows], mask[rows], total_tokens=total,
-                           weight=weight[rows]) for rows in (slice(cut), slice(cut, None))]
-    assert sum(loss for loss, _ in parts).item() == pytest.approx(whole.item(), rel=1e-12)
-    for name in metrics:
-        assert sum(found[name] for _, found in parts) == pytest.approx(metrics[name])
-    unsaid = art.dapo_loss(logp, old, advantages, mask, weight=weight)[0]
-    assert whole.item() == pytest.approx(unsaid.item())
+    rewards = [torch.rand(P - 3, G), torch.tensor([[1.0, 0, 0, 0], [0.1] * G, [1.0] * G])]
+    rewards = torch.cat(rewards)
+    trl_trainer.rewards = rewards.flatten().tolist()
+    rows = [{"prompt": "How many?"}] * (P * G)
+    expected = trl_trainer._generate_and_score_completions(rows)["advantages"]
+    ours = art.group_advantages(rewards).flatten()
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    assert (expected[-2 * G:].abs() < 1e-3).all() and expected[-3 * G] > 1      # equal: nothing
 
 
-def test_weight_scales_a_token_and_takes_no_part_in_the_clip():
-    logp, old = torch.log(torch.tensor([[1.5, 1.0]])), torch.zeros(1, 2)
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    loss, metrics = art.dapo_loss(logp, old, torch.tensor([1.0]), mask,
-                                  weight=torch.tensor([[2.0, 0.5]]))
-    assert loss.item() == pytest.approx(-(2.0 * 1.28 + 0.5 * 1.0) / 2)
-    assert metrics["clip_fraction"] == 0.5
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_loss_and_gradient_are_trls(trl_trainer, monkeypatch, weighted, parts):
+    """Groups of unequal lengths, ratios on both sides of both clips; also cut into micro-batches,
+    whose losses add up."""
+    torch.manual_seed(parts)
+    logp = (torch.randn(P * G, T, dtype=torch.double) - 2).requires_grad_()
+    old_logp = logp.detach() + 0.5 * torch.randn_like(logp)
+    mask = torch.arange(T) < torch.randint(1, T + 1, (P * G, 1))
+    advantages = art.group_advantages(torch.rand(P, G)).flatten().double()
+    weight = torch.rand_like(old_logp) * 2
+    for bound, sign in ((0.8, -1), (1.28, 1)):                  # both clips bite, for both signs
+        beyond = (((logp - old_logp).exp() - bound) * sign > 0) & mask
+        assert (beyond & (advantages[:, None] > 0)).any()
+        assert (beyond & (advantages[:, None] < 0)).any()
+
+    monkeypatch.setattr(trl_trainer, "use_vllm", weighted)
+    monkeypatch.setattr(trl_trainer, "vllm_importance_sampling_correction", weighted)
+    expected, theirs, ours, clipped, ratio = 0.0, 0.0, 0.0, 0.0, 0.0
+    trl_trainer._metrics["train"].clear()
+    for rows in torch.arange(P * G).chunk(parts):
+        part = logp[rows], old_logp[rows], advantages[rows], mask[rows]
+        part_weight = weight[rows] if weighted else None
+        theirs += their_loss(trl_trainer, monkeypatch, *part, mask.sum(), part_weight)
+        loss, metrics = art.dapo_loss(*part, total_tokens=int(mask.sum()), weight=part_weight)
+        ours, clipped = ours + loss, clipped + metrics["clip_fraction"]
+        ratio += metrics["ratio"].item()
+        share = mask[rows].sum().item() / mask.sum().item()
+        expected += trl_trainer._metrics["train"]["clip_ratio/region_mean"][-1] * share
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, logp, retain_graph=True)[0]
+                 for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
+    assert clipped == pytest.approx(expected, rel=1e-5) and clipped > 0.1
+    assert ratio == pytest.approx((logp - old_logp)[mask].exp().mean().item())
 
 
-def test_advantages_by_hand():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]])
-    deviation = math.sqrt(4 * 0.25 / 3)                                  # Bessel-corrected
-    expected = [0.5 / deviation, -0.5 / deviation, -0.5 / deviation, 0.5 / deviation]
-    assert art.group_advantages(rewards, eps=1e-12)[0].tolist() == pytest.approx(expected)
-    assert art.group_advantages(rewards)[1].abs().max() < 1e-3      # an equal group: no gradient
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+def test_masks_of_any_kind_and_advantages_as_a_row_or_a_column(dtype):
+    """What is masked counts for nothing, however large it is."""
+    torch.manual_seed(0)
+    logp, old, advantages, mask = (torch.randn(4, 5), torch.randn(4, 5), torch.randn(4),
+                                   torch.rand(4, 5) < 0.7)
+    alone = logp[mask], old[mask], advantages[:, None].expand(4, 5)[mask]
+    expected, _ = art.dapo_loss(*(row[:, None] for row in alone), torch.ones(len(alone[0]), 1))
+    logp[~mask] = torch.tensor([50.0, -torch.inf]).repeat(10)[:(~mask).sum()]
+    logp.requires_grad_()
+    for column in (advantages, advantages[:, None]):
+        loss, _ = art.dapo_loss(logp, old, column, mask.to(dtype))
+        assert loss.item() == pytest.approx(expected.item())
+        assert torch.autograd.grad(loss, logp)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("length, penalty", [
-    (0, 0), (400, 0), (412, 0), (462, -0.5), (512, -1), (600, -1)])
-def test_overlong_penalty_point_by_point(length, penalty):
-    assert art.overlong_penalty(length, 512, 100) == pytest.approx(penalty)
-    assert art.overlong_penalty(length, 512, 0) == 0
+@pytest.mark.parametrize("shape", [(4, 5), (4, 4), (5,), (1,)])
+def test_advantages_of_another_shape_are_refused(shape):
+    """(N, T), or one for all, would spread silently."""
+    with pytest.raises(RuntimeError, match="shape"):
+        art.dapo_loss(torch.zeros(4, 5), torch.zeros(4, 5), torch.ones(shape), torch.ones(4, 5))

@@ -13,8 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-# --------------------------------------------------------------------------------------------------
-# What all families share: a tokenizer of bytes, a chat template, the language model's dimensions
+# A tokenizer of bytes, a chat template, the language model's dimensions: shared ------------------
 
 NAMED = {
     "image_token": "<image>", "context_image_token": "<image>", "video_token": "<video>",
@@ -88,9 +87,9 @@ def smolvlm_processor(longest_edge):
     return lambda template: hf.Idefics3Processor(images, TOKENIZER, 64, template)
 
 
-# --------------------------------------------------------------------------------------------------
-# The families. name: (model, configuration, processor of a chat template, what the template writes
-# for the image, --size). Patches, sizes and tiles are those of the published models.
+# The families -------------------------------------------------------------------------------------
+# name: (model, configuration, processor of a chat template, what the template writes for the image,
+# --size). Patches, sizes and tiles are those of the published models.
 
 FAMILIES = {
     "Qwen2-VL": (
@@ -173,7 +172,8 @@ FAMILIES = {
 def make(name, folder):
     """Write the family's tiny model into `folder`. Every matrix is drawn so that it keeps the size
     of what goes in."""
-    model, config, processor, image, _ = FAMILIES[name]
+    make_processor(name, folder)
+    model, config, *_ = FAMILIES[name]
     torch.manual_seed(0)
     model = model(config())
     with torch.no_grad():
@@ -186,4 +186,10 @@ def make(name, folder):
         for key, weight in load_file(path).items():     # to the hub's names, which vLLM insists on
             renamed[key.replace("vision_tower.", "vision_tower.vision_model.")] = weight
         save_file(renamed, path, metadata={"format": "pt"})
+
+
+def make_processor(name, folder):
+    """Write what the family's processor needs, without a model's weights."""
+    _, config, processor, image, _ = FAMILIES[name]
+    config().save_pretrained(folder)
     processor(TEMPLATE.replace("IMAGE", image)).save_pretrained(folder)
