@@ -87,7 +87,8 @@ class Config:
             check_range(flag.name, getattr(self, flag.name), *RANGES.get(flag.name, usual))
 
 
-RANGES = {"group_size": (2, 10**9), "temperature": (0.01, 100), "random_seed": (0, 10**9)}
+RANGES = {"group_size": (2, 10**9), "temperature": (0.01, 100), "random_seed": (0, 10**9),
+          "size": (1, 4096)}
 
 
 # 1. Seed ------------------------------------------------------------------------------------------
@@ -533,14 +534,14 @@ def load_state(config: Config, inputs: str, pixels: nn.Module, optimizer) -> dic
     state = {"settings": settings, "history": [], "files": {}}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_empty = not any(folder.iterdir())
+        held = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
         if path.exists():
             state = torch.load(path, "cpu", weights_only=True)
         others = [name for name in settings if state["settings"].get(name) != settings[name]]
     except Exception as error:                          # torch.load raises anything
         raise InputError(f"--out {folder}: it holds no run ({first_line(error)}).") from error
-    if not config.resume and not is_empty:
-        raise InputError(f"--out {folder}: it is not empty; --resume goes on with the run in it.")
+    if held and not (config.resume and path.exists()):
+        raise InputError(f"--out {folder}: it is not empty; --resume goes on with a run in it.")
     if others:
         raise InputError(f"--resume: {folder} was run with another {', '.join(others)}: give that.")
     if state["history"]:
@@ -591,8 +592,7 @@ SHOWN = ("reward", "score", "groups", "length", "entropy", "mismatch", "clip_fra
 def panel(seed: Image.Image, image: Image.Image) -> Image.Image:
     """Seed, image and their difference around mid-grey, side by side."""
     seed, image = np.asarray(seed, dtype=int), np.asarray(image, dtype=int)
-    sheet = np.hstack([seed, image, 128 + image - seed])
-    return Image.fromarray(sheet.clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.uint8(np.hstack([seed, image, 128 + image - seed]).clip(0, 255)))
 
 
 def main(argv: list[str] | None = None, **seams):

@@ -45,7 +45,9 @@ def first_line(error: Exception) -> str:
 
 
 def check_range(name: str, value, least: float, most: float):
-    """Raise InputError for a flag's number that is out of its range; nan is out of all."""
+    """Raise InputError for a flag's number out of its range (nan is out of all), or empty text."""
+    if value == "":
+        raise InputError(f"--{name.replace('_', '-')}: it is empty; give a value, or leave it out.")
     if type(value) in (int, float) and not least <= value <= most:
         flag = f"--{name.replace('_', '-')} {value}"
         raise InputError(f"{flag}: give a number from {least} to {most}.")
@@ -94,7 +96,10 @@ class Task:
         """The Examples of the rows of a file; `left_out` gets the errors of the other rows."""
         for row in read_rows(path):
             try:
-                yield self.example(row)
+                example = self.example(row)
+                # Bytes and half characters are no text.
+                json.dumps([example.messages, example.tools], ensure_ascii=False).encode()
+                yield example
             except Exception as error:                  # rows are as irregular as their authors
                 left_out.append(f"{type(error).__name__}: {first_line(error)}")
 
@@ -133,12 +138,12 @@ def read_rows(path: str) -> Iterator[dict]:
             if suffix == ".jsonl":
                 yield from (json.loads(line) for line in file if line.strip())
             elif suffix == ".csv":
-                yield from csv.DictReader(file)
+                yield from csv.DictReader(file, strict=True)
             elif suffix == ".json":
                 yield from json.load(file)
             else:
                 raise ValueError("its name must end in .jsonl, .json, .csv or .parquet")
-    except (OSError, TypeError, ValueError, csv.Error) as error:    # of pyarrow: ValueError
+    except (OSError, TypeError, ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"--data {path}: it cannot be read ({first_line(error)}).") from error
 
 
@@ -246,14 +251,15 @@ GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "I
 
 
 def gpqa_example(row: dict) -> Example:
-    key, texts = row["Record ID"], [row[name] for name in GPQA_CHOICES]
-    if None in (key, *texts) or key == "":
-        raise ValueError("it lacks its Record ID or a choice")
+    names = ("Record ID", "Question", *GPQA_CHOICES)
+    key, question, *texts = ("" if row[name] is None else str(row[name]).strip() for name in names)
+    if "" in (key, question, *texts):
+        raise ValueError("it lacks its Record ID, its question or a choice")
     order = sorted(range(4), key=lambda i: key_hash(f"{key} {i}"))                  # 0 is right
-    choices = [f"({letter}) {str(texts[i]).strip()}" for letter, i in zip("ABCD", order)]
-    prompt = "\n\n".join([row["Question"].strip(), "\n".join(choices),
+    choices = [f"({letter}) {texts[i]}" for letter, i in zip("ABCD", order)]
+    prompt = "\n\n".join([question, "\n".join(choices),
                           "End your response with: The correct answer is (X)"])
-    return Example(str(key), user_turn(prompt), "ABCD"[order.index(0)])
+    return Example(key, user_turn(prompt), "ABCD"[order.index(0)])
 
 
 def gpqa_answer(example: Example | None, text: str) -> str | None:
@@ -312,7 +318,7 @@ def tool_schema(tool: dict) -> dict:
                       for name, spec in schema.items()
                       if isinstance(spec, (dict, str)) and (name, spec) != ("type", "object")}
         schema = {"type": "object", "properties": properties}
-    function = {"name": str(tool["name"]), "description": tool.get("description") or "",
+    function = {"name": str(tool["name"]), "description": str(tool.get("description") or ""),
                 "parameters": schema}
     return {"type": "function", "function": function}
 
@@ -473,7 +479,8 @@ def open_picture(path: str) -> Image.Image:
             grey = Image.new("RGBA", picture.size, (128, 128, 128, 255))
             picture = Image.alpha_composite(grey, picture.convert("RGBA"))
         return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, NotImplementedError,
+            Image.DecompressionBombError) as error:
         raise InputError(f"{path}: it is no readable picture ({first_line(error)}).") from error
 
 
@@ -681,17 +688,17 @@ class Server:
         import openai
         os.environ.setdefault("NO_PROXY", "localhost,127.0.0.1")    # no proxy to this machine
         os.environ.setdefault("OPENAI_API_KEY", "none")
-        self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
-                                    timeout=timeout)
         try:
-            models = {model.id: model for model in self.client.models.list().data if model.id}
+            self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
+                                        timeout=timeout)
+            models = {str(model.id): model for model in self.client.models.list().data if model.id}
             self.name = name or next(iter(models))
         except Exception as error:
             raise InputError(f"--server {url}: it lists no model ({first_line(error)}): start vllm "
                              "serve, correct the address or set OPENAI_API_KEY.") from error
         if self.name not in models:
             raise InputError(f"--served-model-name {name}: {url} serves {', '.join(models)}.")
-        self.max_model_len = getattr(models[self.name], "max_model_len", None) or 10**9
+        self.max_model_len = int(getattr(models[self.name], "max_model_len", None) or 10**9)
 
     def ask(self, processor, requests: list[tuple], sampling=GREEDY) -> list[tuple]:
         """As `ask_engine`; the text of a question that fails is None. Raises InputError if more
@@ -713,9 +720,13 @@ class Server:
         try:
             reply = self.client.chat.completions.create(
                 model=self.name, messages=wire(example, picture), **sampling, **tools, **PLAIN)
+            if not (getattr(reply, "choices", None) and reply.usage):
+                raise ValueError(f"no chat completion: {' '.join(str(reply).split())[:100]}")
             choice, usage = reply.choices[0], reply.usage
             text, is_cut = choice.message.content, choice.finish_reason == "length"
             found, tokens = int(usage.prompt_tokens), int(usage.completion_tokens)
+            if not isinstance(text, str | None):
+                raise ValueError("the content of its completion is no text")
         except Exception as error:                      # of the client, or no chat completion
             return error
         if found != (expected := count_tokens(processor, example, picture)):
@@ -838,7 +849,7 @@ def parse_args(argv: list[str] | None = None):
 
 
 RANGES = {"temperature": (0, 100), "presence_penalty": (-2, 2), "random_seed": (0, 10**9),
-          "gpu_memory_utilization": (0, 1)}
+          "gpu_memory_utilization": (0, 1), "size": (1, 4096)}
 
 
 def check(args):
@@ -847,8 +858,12 @@ def check(args):
         check_range(name, value, *RANGES.get(name, (1, 10**9)))
     if args.baseline not in args.arms:
         raise InputError(f"--baseline {args.baseline}: it is none of the arms.")
-    if args.out and (os.path.exists(args.out) or not Path(args.out).parent.is_dir()):
-        raise InputError(f"--out {args.out}: it exists, or its folder does not; name another file.")
+    try:
+        if args.out:                                    # can it be made? Said before the work
+            open(args.out, "x").close()
+            os.remove(args.out)
+    except OSError as error:
+        raise InputError(f"--out {args.out}: {error.strerror}; name a new file.") from error
 
 
 def check_picture(processor, name: str, example: Example, picture: Image.Image | None):
@@ -887,17 +902,20 @@ def score_arms(args, llm=None):
                           args.gpu_memory_utilization)
     sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens,
                 "presence_penalty": args.presence_penalty}
-    for name, arm in arms.items():
-        ask = server.ask if server else partial(ask_engine, llm, progress=True)
-        replies = ask(processor, ask_as(examples, arm), sampling)
-        results = [judge(task, example, reply) for example, reply in zip(examples, replies)]
-        size = 0 if isinstance(arm, str) else len(png_bytes(arm))
-        records[name] = {"arm": name, "bytes": size, "settings": vars(args), "results": results}
-        if args.out:
-            with open(args.out, "a") as file:
-                file.write(json.dumps(records[name]) + "\n")
-    print(f"\n{args.model}, {args.task}, n = {len(examples)}, {sampling}")
-    print(table(records, args.baseline).to_string())
+    try:
+        for name, arm in arms.items():
+            ask = server.ask if server else partial(ask_engine, llm, progress=True)
+            replies = ask(processor, ask_as(examples, arm), sampling)
+            results = [judge(task, example, reply) for example, reply in zip(examples, replies)]
+            size = 0 if isinstance(arm, str) else len(png_bytes(arm))
+            records[name] = {"arm": name, "bytes": size, "settings": vars(args), "results": results}
+            if args.out:
+                with open(args.out, "a") as file:
+                    file.write(json.dumps(records[name]) + "\n")
+    finally:                                            # of the arms that were scored
+        if args.baseline in records:
+            print(f"\n{args.model}, {args.task}, n = {len(examples)}, {sampling}")
+            print(table(records, args.baseline).to_string())
 
 
 def main(argv: list[str] | None = None, llm=None):
@@ -907,8 +925,10 @@ def main(argv: list[str] | None = None, llm=None):
     try:
         check(args)
         score_arms(args, llm)
-    except InputError as error:
+    except (InputError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
 
 
 if __name__ == "__main__":

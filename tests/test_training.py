@@ -17,7 +17,7 @@ import vllm
 import art
 import eval as tasks
 import quick_loop
-from conftest import ROOT, SEED, TINY, config, data, prompt
+from conftest import QUICK, ROOT, SEED, TINY, config, data, prompt
 from eval import TASKS, Example, InputError
 from family_step import far, fresh, gradient, plain_gradient
 
@@ -297,6 +297,14 @@ def test_flags_reach_the_optimiser_the_loss_and_the_engine(tmp_path, llm, model)
     assert (used["eps_low"], used["eps_high"]) == (0.11, 0.22) and used["weight"].max() <= 1.5
     assert [line.get("lr") for line in lines] == pytest.approx([None, 0.15, 0.3, 0.3])
     assert all(line["mismatch"] < 0.01 for line in lines[1:])
+
+
+@pytest.mark.parametrize("task", ["gpqa", "toolmind"])
+def test_the_other_tasks_train_too(tmp_path, llm, model, task):
+    lines = []
+    art.train(config(tmp_path, "--task", task, "--seed", SEED, *QUICK, data(task, "train"),
+                     "--steps", 2, "--validation", 16), on_step=lines.append, llm=llm, model=model)
+    assert lines[-1]["groups"] > 0 and lines[-1]["validation"] > 0 and lines[-1]["moved"] > 0
 
 
 def test_each_png_carries_its_task_model_and_settings_without_folders(tmp_path):

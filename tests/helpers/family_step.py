@@ -1,16 +1,22 @@
-"""One step of art.py with a tiny model of a family, and the gradient in the plain way."""
+"""One step of art.py with a tiny model of a family, and the gradient in the plain way.
+
+    python tests/helpers/family_step.py             # a table of every family
+"""
 
 import os
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-import art
-import eval as tasks
-from conftest import ONE_RANK, SEED, config, data
-from families import FAMILIES, ID, make
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from conftest import ONE_RANK, SEED, config, data                                       # noqa: E402
+import art                                                                              # noqa: E402
+import eval as tasks                                                                    # noqa: E402
+from families import FAMILIES, ID, make                                                 # noqa: E402
 
 # Kept: an engine that ends would take the others' process group with it.
 ENGINES = []
@@ -107,3 +113,13 @@ def measure(name, folder):
             "gap": plain_gradient(model, processor, pixels, *part, causal=causal)[2],
             "blind_gap": plain_gradient(model, processor, blind, *part, causal=causal)[2],
             "metrics": lines}
+
+
+if __name__ == "__main__":
+    print("| family | `--size` | image tokens | PNG == policy | trainer-engine gap, nat |\n"
+          "|---|---|---|---|---|")
+    for family in TAKEN:
+        with tempfile.TemporaryDirectory() as folder, mock.patch("builtins.print"):
+            found = measure(family, folder)
+        print(f"| {family} | {FAMILIES[family][-1]} | {found['image_tokens']} | "
+              f"{found['apart'] == 0} | {found['gap']:.3f} |", flush=True)
