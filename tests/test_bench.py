@@ -86,12 +86,3 @@ def test_all_ways_but_lora_give_the_same_gradient(processor):
         found.append(pixels.logits.grad)
     for gradient in found[1:]:
         assert gpu.distance(gradient, found[0]) < 1e-4
-
-
-def test_memory_is_that_of_the_tensors_alive_at_once():
-    def work():
-        first = torch.zeros(1000, dtype=torch.float64)
-        view = first[10:].reshape(-1).mul_(2)
-        del first, view
-        return torch.zeros(1500, dtype=torch.float64)
-    assert cost.peak_bytes(work) == 12_000

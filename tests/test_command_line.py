@@ -48,7 +48,7 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path, llm, mo
     assert moved == pytest.approx(steps[-1]["moved"]) and 1 < moved < 64
     printed = capsys.readouterr().out
     assert re.search(r"^step 4/8  reward 0\.\d+ .* \d+\.\d min left$", printed, re.MULTILINE)
-    with pytest.raises(tasks.InputError, match="it is not empty; --resume goes on with the run"):
+    with pytest.raises(tasks.InputError, match="it is not empty; --resume goes on with a run"):
         art.train(config(out, *flags), llm=llm, model=model)
 
 
@@ -80,8 +80,8 @@ WRONG = [
     ("eval", ["--max-new-tokens", "5000"], r"--max-model-len: .* no room for any prompt"),
     ("eval", ["--server", "http://127.0.0.1:9/v1"], r"9/v1: it lists no model .Connection error"),
     ("eval", ["--baseline", "best.png"], r"--baseline best\.png: it is none of the arms"),
-    ("eval", ["--out", "nowhere/results.jsonl"], r"--out nowhere/results\.jsonl: .*does not; name"),
-    ("eval", ["--out", ROOT / "README.md"], r"--out .*README\.md: it exists"),
+    ("eval", ["--out", "nowhere/results.jsonl"], r"--out nowhere/results\.jsonl: No such .*; name a new"),
+    ("eval", ["--out", ROOT / "README.md"], r"--out .*README\.md: File exists; name a new"),
     ("eval", ["--model", "nobody/nothing"], r"--model nobody/nothing cannot be loaded .*HF_TOKEN"),
 ]
 

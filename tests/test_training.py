@@ -47,9 +47,6 @@ def old_logps(groups):
     return [logp for group in groups for completion in group for logp in completion.old_logps]
 
 
-# The gradient -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def plain(batch, model, processor):
     """(gradient, loss) of the plain way in float64, but for the gated delta net's kernel, which
@@ -136,9 +133,6 @@ def test_a_model_without_a_cache_that_gradients_pass_is_refused(model):
             art.graph_cache(model)
 
 
-# Trainer and engine -------------------------------------------------------------------------------
-
-
 ODD = ["<|image_pad|>", "<|endoftext|>", "<|im_end|>", "<|vision_start|>", "7"]
 
 
@@ -210,9 +204,6 @@ def test_the_clip_works_from_the_second_update(batch, model, processor, seed, to
     assert abs(second["ratio"] - 1) > 1e-3
     assert second["mismatch"] == first["mismatch"] != after["mismatch"]     # of what was sampled
     assert second["entropy"] == first["entropy"] != after["entropy"]
-
-
-# The loop -----------------------------------------------------------------------------------------
 
 
 def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeypatch):
@@ -321,8 +312,6 @@ def test_each_png_carries_its_task_model_and_settings_without_folders(tmp_path):
         for text in notes.values():
             assert str(ROOT) not in text and str(tmp_path) not in text
 
-
-# What is refused ----------------------------------------------------------------------------------
 
 NUMBERS = [field for field in dataclasses.fields(art.Config) if field.type in (int, float)]
 
