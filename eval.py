@@ -332,7 +332,8 @@ def calls_of(turn: dict) -> list[tuple[str, dict]]:
 def toolmind_example(row: dict) -> Example:
     *history, target = parsed(row["conversations"])
     roles, messages = [turn["role"] for turn in history], []
-    if "user" not in roles or "system" in roles[1:] or not calls_of(target):
+    is_chat = {*roles} <= {"system", "user", "assistant", "tool"} and "user" in roles
+    if not is_chat or "system" in roles[1:] or not calls_of(target):
         raise ValueError("no call at its end, or a history that chat templates refuse")
     for turn in history:
         text = text_of(turn.get("content")).strip()
@@ -725,8 +726,8 @@ class Server:
             choice, usage = reply.choices[0], reply.usage
             text, is_cut = choice.message.content, choice.finish_reason == "length"
             found, tokens = int(usage.prompt_tokens), int(usage.completion_tokens)
-            if not isinstance(text, str | None):
-                raise ValueError("the content of its completion is no text")
+            if not isinstance(text, str | None) or choice.finish_reason not in ("stop", "length"):
+                raise ValueError(f"no text, or not ended: {choice.finish_reason}")
         except Exception as error:                      # of the client, or no chat completion
             return error
         if found != (expected := count_tokens(processor, example, picture)):
