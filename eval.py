@@ -726,7 +726,8 @@ class Server:
             choice, usage = reply.choices[0], reply.usage
             text, is_cut = choice.message.content, choice.finish_reason == "length"
             found, tokens = int(usage.prompt_tokens), int(usage.completion_tokens)
-            if not isinstance(text, str | None) or choice.finish_reason not in ("stop", "length"):
+            is_text = isinstance(text, str) and choice.finish_reason in ("stop", "length")
+            if text is not None and not is_text:
                 raise ValueError(f"no text, or not ended: {choice.finish_reason}")
         except Exception as error:                      # of the client, or no chat completion
             return error
