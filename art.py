@@ -360,8 +360,8 @@ def pad(rows: list[list], fill, device) -> Tensor:
 
 
 # 7. The loop --------------------------------------------------------------------------------------
-# Under torchrun each rank has an engine, a frozen model and prompts of its own; the gradient is that
-# of the loss over the tokens of all ranks.
+# Under torchrun each rank has an engine, a frozen model and prompts of its own; the gradient is
+# that of the loss over the tokens of all ranks.
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
