@@ -98,7 +98,7 @@ class SoftEngine:
 
     def generate(self, requests, sampling, **options):
         # A copy: vLLM keeps what it was given, and the optimizer writes in place.
-        embeddings = self.soft.embeddings.detach().to(self.llm.model_config.dtype, copy=True)
+        embeddings = self.soft.embeddings.detach().to("cpu", self.llm.model_config.dtype, copy=True)
         image = embeddings[None]
         if self.soft.grid is not None:
             image = {"image_embeds": embeddings, "image_grid_thw": self.soft.grid}

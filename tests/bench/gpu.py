@@ -1,6 +1,7 @@
 """The checks of gpu.sh, a line each. One that fails says FAILED, and the next one goes on.
 
-    python tests/bench/gpu.py versions | load | gradient SHAPE DTYPE | compare | speed | train
+    python tests/bench/gpu.py versions | load | gradient SHAPE DTYPE | compare | speed | demo |
+        train
 
 SHAPE is tiny or slice, DTYPE float32 or bfloat16. With --cpu: the same, small and without a GPU.
 The trainer's ways and their measuring are cost.py's.
@@ -24,7 +25,8 @@ import torch
 
 from cost import (FULL, LINEAR, ROOT, SHAPES, TINY, TWELFTH, WAYS, WHOLE, art, floor_seconds,
                   make_groups, make_model, measure_ways, ours, plain)
-from eval import TASKS, load_processor
+import eval as tasks
+from eval import TASKS
 
 OUT = Path(os.environ.get("GPU_OUT", ROOT / "runs" / "gpu"))
 
@@ -39,10 +41,11 @@ class Size:
     group_size: int
     repetitions: int
     gradient: tuple                     # tokens of prompt and completion, group size
+    demo_steps: int
 
 
-GPU = Size("cuda", WHOLE, SHAPES, 4, 8, 3, (164, 100, 4))
-CPU = Size("cpu", TWELFTH, {"small": (100, 12)}, 1, 2, 1, (90, 12, 2))
+GPU = Size("cuda", WHOLE, SHAPES, 4, 8, 3, (164, 100, 4), 15)
+CPU = Size("cpu", TWELFTH, {"small": (100, 12)}, 1, 2, 1, (90, 12, 2), 2)
 
 
 def line(*words):
@@ -127,7 +130,7 @@ def gradient(size: Size, shape: str, dtype: str):
             layers = [LINEAR, LINEAR, LINEAR, FULL]
             model = make_model(**{**size.model, "layers": layers}, device=size.device)
         model = model.to(torch.bfloat16).to(getattr(torch, dtype))      # both have the same weights
-        processor = load_processor(str(TINY))
+        processor = tasks.load_processor(str(TINY))
         pixels, groups, advantages = make_groups(model, processor, *size.gradient, groups=2)
         for group in groups:                            # of different lengths
             for i, completion in enumerate(group):
@@ -156,7 +159,7 @@ def compare(size: Size):
 
 def speed(size: Size):
     """Seconds and memory of the trainer's pass, every way."""
-    processor = load_processor(str(TINY))
+    processor = tasks.load_processor(str(TINY))
     dtype = torch.bfloat16 if size is GPU else torch.float32
     model = make_model(**size.model, device=size.device).to(dtype)
     for shape, lengths in size.lengths.items():
@@ -173,6 +176,18 @@ def speed(size: Size):
                     line(f"{shape}, {way}: {took:.3f} s, {held / 1e9:.2f} GB beside the weights")
                 else:
                     line(f"{shape}, {way}: out of memory")
+
+
+def demo(size: Size):
+    """tests/demo.sh's training and scores, with one engine for both programs."""
+    flags = ["--task", "gsm8k", "--model", str(TINY), "--max-model-len", "512"]
+    folder, data = OUT / "demo", TINY / "gsm8k"
+    llm = tasks.load_engine(str(TINY), 512, 64, gpu_memory_utilization=0.5)
+    art.main([*flags, "--seed", str(ROOT / "seed.png"), "--data", str(data / "train.jsonl"),
+              "--out", str(folder), "--steps", str(size.demo_steps), "--prompts", "8",
+              "--validate-every", "5", "--max-new-tokens", "48"], llm=llm)
+    tasks.main([str(folder / "seed.png"), "none", "random", str(folder / "best.png"), *flags,
+                "--data", str(data / "test.jsonl"), "--max-new-tokens", "48"], llm=llm)
 
 
 def train(size: Size):
@@ -200,7 +215,8 @@ def train(size: Size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (versions, load, gradient, compare, speed, train)}
+    parts = versions, load, gradient, compare, speed, demo, train
+    parts = {part.__name__: part for part in parts}
     parser.add_argument("part", choices=parts)
     parser.add_argument("details", nargs="*", metavar="SHAPE DTYPE")
     parser.add_argument("--cpu", action="store_true")
