@@ -64,8 +64,8 @@ part demo 75 && {
     finish
 }
 part demo 35 && {
-    start eval "$python" eval.py none random "$GPU_OUT/demo/seed.png" "$GPU_OUT/demo/best.png" \
-        "${flags[@]}" --data tests/tiny/gsm8k/test.jsonl --baseline "$GPU_OUT/demo/seed.png"
+    start eval "$python" eval.py "$GPU_OUT/demo/seed.png" none random "$GPU_OUT/demo/best.png" \
+        "${flags[@]}" --data tests/tiny/gsm8k/test.jsonl
     finish
 }
 part train 95 && { check train train; finish; }
