@@ -38,8 +38,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Li
 from transformers.utils.versions import require_version
 
 from eval import (TASKS, TEMPLATED, Example, InputError, Task, arm_requests, check_range,
-                  check_size, evaluate, first_line, fitting, key_hash, load_engine,
-                  load_processor, model_inputs, open_picture, png_bytes, render, save)
+                  check_size, drop_long, evaluate, explained, key_hash, load_engine,
+                  load_processor, model_inputs, open_picture, png_bytes, render)
 
 
 def flag(default, text: str):
@@ -148,7 +148,7 @@ class Completion:
     ids: list[int]                      # sampled token ids, the end-of-turn token included
     vllm_logps: list[float]             # vLLM's logprob of each
     text: str
-    cut: bool = False                   # ended by the token limit
+    truncated: bool = False             # ended by the token limit
     score: float = 0.0                  # 1 for a right answer
     reward: float = 0.0
     old_logps: list[float] | None = None    # the trainer's, before the first update of the batch
@@ -173,7 +173,7 @@ def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int,
             ids = list(sample.token_ids)
             logps = [at[token].logprob for token, at in zip(ids, sample.logprobs)]
             group.append(Completion(prompt, output.prompt_token_ids, ids, logps, sample.text,
-                                    cut=sample.finish_reason == "length"))
+                                    truncated=sample.finish_reason == "length"))
         groups.append(sorted(group, key=lambda c: len(c.ids)))      # micro-batches pad little then
     return groups
 
@@ -251,12 +251,12 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
             old_logp = pad([c.old_logps for c in completions], 0.0, device)
             vllm_logp = pad([c.vllm_logps for c in completions], 0.0, device)
             weight = (old_logp - vllm_logp).exp().clamp(max=weight_cap) if weight_cap else None
-            loss, found = loss_function(logp, old_logp, advantage[start:start + size], mask,
-                                        total_tokens=total_tokens, weight=weight)
+            loss, logged = loss_function(logp, old_logp, advantage[start:start + size], mask,
+                                         total_tokens=total_tokens, weight=weight)
             loss.backward()
-            found |= {"entropy": -old_logp.sum() / total_tokens,
-                      "mismatch": (old_logp - vllm_logp).abs().sum() / total_tokens}
-            for name, value in found.items():
+            logged |= {"entropy": -old_logp.sum() / total_tokens,
+                       "mismatch": (old_logp - vllm_logp).abs().sum() / total_tokens}
+            for name, value in logged.items():
                 metrics[name] += torch.as_tensor(value).item()
         finish_prefix()
     finish_image()
@@ -436,13 +436,13 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
         for example, group in zip(chosen, groups):
             for c, reward in zip(group, task.rewards(example, group)):
                 c.score, c.reward = task.score(example, c.text), reward
-                sampled.append((c.score, c.reward, len(c.ids), c.cut))
+                sampled.append((c.score, c.reward, len(c.ids), c.truncated))
             if len({c.score for c in group}) > 1:       # by the score, not by the shaped reward
                 kept.append(group)
         if len(kept) == config.prompts:
             break
     sampled = sum(gather(sampled), [])
-    metrics = dict(zip(("score", "reward", "length", "cut"), np.mean(sampled, axis=0).tolist()))
+    metrics = dict(zip(("score", "reward", "length", "truncated"), np.mean(sampled, 0).tolist()))
     metrics.update(groups=sum(gather(len(kept))), sampled_groups=len(sampled) // config.group_size)
     return kept, metrics
 
@@ -457,11 +457,11 @@ def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[l
     for _ in range(config.updates if total_tokens else 0):
         for parameter in pixels.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        own = {} if not groups else backward(           # a rank without groups adds nothing
+        ours = {} if not groups else backward(          # a rank without groups adds nothing
             model, processor, pixels, groups, group_advantages(rewards), loss_function,
             config.temperature, config.weight_cap, config.tokens_per_microbatch, total_tokens)
         metrics = Counter()
-        for part in gather(own):
+        for part in gather(ours):
             metrics.update(part)                        # adds
         for parameter in pixels.parameters():
             parameter.grad = sum(gather(parameter.grad.cpu())).to(parameter.device)
@@ -492,25 +492,22 @@ def load_model(name: str, device: str):
 def check_model(model, device: str):
     """Raise InputError for a model behind which `backward` would be wrong, or ten times slower."""
     cache = graph_cache(model)
-    try:
+    with explained("a library is missing or old", "pip install -r requirements.txt"):
         require_version("transformers>=5.18")           # older models take no mm_encoder_outputs
         if "cuda" in device and any(isinstance(x, LinearAttentionLayer) for x in cache.layers):
             import fla.ops.gated_delta_rule     # noqa: F401  (transformers falls back silently)
-    except Exception as error:
-        raise InputError(f"{first_line(error)}: pip install -r requirements.txt (transformers, "
-                         "flash-linear-attention).") from error
     ids = torch.tensor([[0, 1]], device=device)
-    found = model(input_ids=ids, output_hidden_states=True)
-    expected = model.get_output_embeddings()(found.hidden_states[-1])
-    if (found.logits - expected).abs().max() > 0.01 * expected.abs().max():
+    output = model(input_ids=ids, output_hidden_states=True)
+    expected = model.get_output_embeddings()(output.hidden_states[-1])
+    if (output.logits - expected).abs().max() > 0.01 * expected.abs().max():
         raise InputError("--model: it scales or caps its logits; art.py does not.")
 
 
 def load_examples(config: Config, task: Task, processor, image) -> tuple[list, list]:
     """(training, validation) Examples; those of one key, of one conversation, stay together."""
     examples = task.load("train", config.data)
-    examples = fitting(processor, examples, config.max_model_len - config.max_new_tokens,
-                       arm_requests(processor, examples[:1], image))
+    examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
+                         {"--seed": arm_requests(processor, examples[:1], image)[0]})
     examples.sort(key=lambda example: key_hash(example.key))
     validation = examples[:config.validation]
     held_out = {example.key for example in validation}
@@ -532,14 +529,12 @@ def load_state(config: Config, inputs: str, pixels: nn.Module, optimizer) -> dic
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     settings["data_hash"] = key_hash(inputs)
     state = {"settings": settings, "history": [], "files": {}}
-    try:
+    with explained(f"--out {folder}: it holds no run", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         held = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
         if path.exists():
             state = torch.load(path, "cpu", weights_only=True)
         others = [name for name in settings if state["settings"].get(name) != settings[name]]
-    except Exception as error:                          # torch.load raises anything
-        raise InputError(f"--out {folder}: it holds no run ({first_line(error)}).") from error
     if held and not (config.resume and path.exists()):
         raise InputError(f"--out {folder}: it is not empty; --resume goes on with a run in it.")
     if others:
@@ -552,6 +547,13 @@ def load_state(config: Config, inputs: str, pixels: nn.Module, optimizer) -> dic
             if RANK == 0:                               # a kill may have left older files
                 save(data, folder / name)
     return state
+
+
+def save(data: bytes, path: Path):
+    """Write bytes whole or not at all, also if the program is killed."""
+    unfinished = Path(f"{path}.tmp")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
 
 
 def finish_step(config: Config, state: dict, pixels: nn.Module, optimizer, seed_image):
@@ -603,7 +605,7 @@ def main(argv: list[str] | None = None, **seams):
         distributed.init_process_group("gloo")
     try:
         train(Config(**vars(args)), **seams)
-    except InputError as error:
+    except (InputError, OSError) as error:
         parser.error(str(error))
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: lower --tokens-per-microbatch or "

@@ -4,35 +4,32 @@
     python eval.py none best.png --task gsm8k --server http://localhost:8000/v1
 
 All arms answer the same questions. An arm is a picture file, `none` (the text alone), `random` (a
-fresh random picture for every question) or `string:N` (N fresh random text tokens for every
-question). The defaults are those of the paper's published evaluation (arXiv 2606.11854).
+fresh random picture a question) or `string:N` (N fresh random text tokens a question). The defaults
+are those of the paper's published evaluation (arXiv 2606.11854).
 """
 
 import argparse
 import base64
-import csv
 import hashlib
 import io
 import json
 import os
 import re
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, partial
+from functools import partial
 from heapq import nsmallest
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+import pyarrow.parquet
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm.contrib.concurrent import thread_map
 
 
@@ -44,13 +41,19 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def check_range(name: str, value, least: float, most: float):
-    """Raise InputError for a flag's number out of its range (nan is out of all), or empty text."""
-    if value == "":
-        raise InputError(f"--{name.replace('_', '-')}: it is empty; give a value, or leave it out.")
-    if type(value) in (int, float) and not least <= value <= most:
-        flag = f"--{name.replace('_', '-')} {value}"
-        raise InputError(f"{flag}: give a number from {least} to {most}.")
+@contextmanager
+def explained(fact: str, remedy: str):
+    """Make an InputError of any error: the fact (the error's first line): the remedy."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{fact} ({first_line(error)}): {remedy}.") from error
+
+
+def check_range(name: str, value, low: float, high: float):
+    """Raise InputError for a flag's number out of its range; nan is out of all."""
+    if isinstance(value, (int, float)) and not low <= value <= high:
+        raise InputError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high}.")
 
 
 # Tasks --------------------------------------------------------------------------------------------
@@ -60,48 +63,42 @@ def check_range(name: str, value, least: float, most: float):
 class Example:
     key: str                            # rows of one key, of one conversation, never cross a split
     messages: list[dict]                # chat messages, without the image
-    target: Any                         # what `Task.answer` returns for a right answer
+    target: object                      # what `Task.answer` returns for a right answer
     tools: list[dict] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One benchmark: `example` makes an Example of a row (an error leaves the row out), `answer`
-    reads a completion (None: there is no answer in it), `reward` trains (None: the score), `hub` is
-    the data's "repository file", `paper_answer` the authors' own reading, and `divide` takes the
-    split's part of data that are published as one file."""
-    example: Callable[[dict], Example]
-    answer: Callable[[Example, str], Any]
-    reward: Callable[[Example, str], float] | None = None
-    hub: str = ""
-    paper_answer: Callable[[str], Any] | None = None
-    divide: Callable[[Iterable[Example], str], list[Example]] | None = None
+    example: Callable[[dict], Example]              # made of a row; an error leaves the row out
+    answer: Callable[[Example, str], object]        # read in a completion; None: there is none
+    reward: Callable[[Example, str], float] | None = None           # trains; None: the score
+    hub: str = ""                                   # "repository file" on the Hugging Face hub
+    paper_answer: Callable[[str], object] | None = None             # the authors' own reading
+    divide: Callable[[Iterable, str], list[Example]] | None = None  # a file into its splits
 
     def load(self, split: str, data: str | None = None, limit: int | None = None) -> list[Example]:
-        """The Examples of `split`, "train" or "test". A local file is used whole, unless it has the
-        name of the hub's file that needs dividing. Raises InputError."""
-        path, left_out = data or hub_file(self.hub.format(split=split)), []
-        examples = self.usable(path, left_out)
-        if self.divide and Path(path).name == re.split("[ /]", self.hub)[-1]:
-            examples = self.divide(examples, split)
-        examples = list(islice(examples, limit))
-        if not examples:
-            reason = left_out[0] if left_out else "it has no row"
-            raise InputError(f"--data {path}: no row of it can be used ({reason}).")
-        print(f"{path}: {len(examples)} examples, {split} split; {len(left_out)} rows left out",
-              file=sys.stderr)
-        return examples
+        """The Examples of `split`, "train" or "test", of the hub's file or of a local one, which is
+        used whole unless it has the name of a hub's file that is divided. Raises InputError."""
+        from huggingface_hub import hf_hub_download
+        name = self.hub.format(split=split)
+        with explained(f"{name or 'this task'} cannot be read", f"{HUB}, or give --data"):
+            path = data or hf_hub_download(*name.split(), repo_type="dataset")
+        errors = []
 
-    def usable(self, path: str, left_out: list[str]) -> Iterator[Example]:
-        """The Examples of the rows of a file; `left_out` gets the errors of the other rows."""
-        for row in read_rows(path):
-            try:
-                example = self.example(row)
-                # Bytes and half characters are no text.
-                json.dumps([example.messages, example.tools], ensure_ascii=False).encode()
-                yield example
-            except Exception as error:                  # rows are as irregular as their authors
-                left_out.append(f"{type(error).__name__}: {first_line(error)}")
+        def usable():
+            for row in read_rows(path):
+                try:
+                    yield self.example(row)
+                except Exception as error:              # rows are as irregular as their authors
+                    errors.append(f"{type(error).__name__}: {first_line(error)}")
+
+        is_hub_file = Path(path).name in re.split("[ /]", name)
+        examples = self.divide(usable(), split) if self.divide and is_hub_file else usable()
+        examples = list(islice(examples, limit))
+        print(f"{path}: {len(examples)} examples, {len(errors)} rows left out", file=sys.stderr)
+        if not examples:
+            raise InputError(f"--data {path}: no row is usable ({(errors or ['it is empty'])[0]}).")
+        return examples
 
     def score(self, example: Example, text: str) -> float:
         """1.0 if the completion's answer equals the target, else 0.0: strict, what is reported."""
@@ -112,48 +109,27 @@ class Task:
         return [(self.reward or self.score)(example, c.text) for c in completions]
 
 
-def hub_file(name: str) -> str:
-    """The path of "repository file" on the Hugging Face hub, downloaded once. Raises InputError."""
-    from huggingface_hub import hf_hub_download
-    try:
-        return hf_hub_download(*name.split(), repo_type="dataset")
-    except Exception as error:                          # the hub's client raises many kinds
-        raise InputError(f"{name or 'this task'} cannot be read ({first_line(error)}): {HUB}, or "
-                         "give --data.") from error
-
-
 HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
 
 
 def read_rows(path: str) -> Iterator[dict]:
-    """Rows of a .jsonl, .json, .csv or .parquet file. Raises InputError."""
+    """Rows of a .jsonl, .csv or .parquet file. Raises InputError."""
     suffix = Path(path).suffix.lower()
-    try:
-        if suffix == ".parquet":
-            import pyarrow.parquet
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-                yield from map(without_none, batch.to_pylist())
-            return
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            if suffix == ".jsonl":
+    with explained(f"--data {path}: it cannot be read", "give a .jsonl, .csv or .parquet file"):
+        if suffix == ".csv":
+            rows = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False)
+            yield from rows.to_dict("records")
+        elif suffix == ".parquet":
+            rows = json.dumps(pyarrow.parquet.read_table(path).to_pylist(), default=str)
+            yield from json.loads(rows, object_hook=without_none)
+        else:
+            with open(path, encoding="utf-8-sig") as file:
                 yield from (json.loads(line) for line in file if line.strip())
-            elif suffix == ".csv":
-                yield from csv.DictReader(file, strict=True)
-            elif suffix == ".json":
-                yield from json.load(file)
-            else:
-                raise ValueError("its name must end in .jsonl, .json, .csv or .parquet")
-    except (OSError, TypeError, ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"--data {path}: it cannot be read ({first_line(error)}).") from error
 
 
-def without_none(value):
+def without_none(struct: dict) -> dict:
     """Parquet gives all structs of a column the same keys: those that a row lacks are None."""
-    if isinstance(value, list):
-        return [without_none(item) for item in value]
-    if isinstance(value, dict):
-        return {name: without_none(item) for name, item in value.items() if item is not None}
-    return value
+    return {name: value for name, value in struct.items() if value is not None}
 
 
 def key_hash(text: str) -> float:
@@ -198,8 +174,7 @@ def claims(text: str) -> Iterator[str]:
         yield claim.strip(": \t\r\n").partition("\n")[0]
 
 
-# GSM8K: the first number right of the last "=", up to a bracket or the end of its sentence. A part
-# of something longer (a root, a power, a range) is none.
+# GSM8K: the first number right of the sentence's last "="; a part of a root, power or range is none
 
 NUMBER = re.compile(r"""
     (?P<sign> ^\s*[-\u2010-\u2013\u2212]\s* | (?<![\w)])[-\u2010-\u2013\u2212]
@@ -230,45 +205,39 @@ def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
 
 
 def gsm8k_paper_answer(text: str) -> Fraction | None:
-    """The answer by the rule in the authors' repository, which made the paper's figures: behind the
-    last "Answer:" that a number follows; its white space may be line ends."""
+    """By the authors' published rule, which made the paper's figures; spaces may be line ends."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
-    found = re.findall(r"answer:\s*\$?\s*(-?[\d,\s]+(?:\.\d+)?)", text, re.IGNORECASE)
-    number = re.sub(r"[,\s]", "", found[-1]) if found else ""
+    numbers = re.findall(r"answer:\s*\$?\s*(-?[\d,\s]+(?:\.\d+)?)", text, re.IGNORECASE)
+    number = re.sub(r"[,\s]", "", numbers[-1]) if numbers else ""
     return Fraction(number[:400]) if re.search(r"\d", number) else None
 
 
 # GPQA: the bare letter that the line begins with, or else the first one in brackets ---------------
 
-BARE = re.compile(r"""
-    \W* (?:(?i:option|choice|letter)\W+)? ([A-D])\b (?![-\u2010-\u2013+=^\u2019]\w) | \W*([a-d])\W*$
-    """, re.VERBOSE)
+BARE = re.compile(r"\W*(?:(?i:option|choice|letter)\W+)?([A-D])\b(?![-\u2010-\u2013+=^\u2019]\w)")
 BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")
-ALONE = re.compile(r"""
-    \W* (?:option\W+)? ([A-D]) (?: \W* | \W*\ is\ (?:the\ )?(?:correct|right|best)\b.* )$
-    """, re.IGNORECASE | re.VERBOSE)
-GPQA_CHOICES = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
+ALONE = re.compile(r"\W*(?:option\W+)?([A-D])\W*(?:is (?:the )?(?:correct|right|best).*)?$", re.I)
+GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in "123"))
 
 
 def gpqa_example(row: dict) -> Example:
-    names = ("Record ID", "Question", *GPQA_CHOICES)
-    key, question, *texts = ("" if row[name] is None else str(row[name]).strip() for name in names)
-    if "" in (key, question, *texts):
+    values = [row[name] for name in GPQA_FIELDS]
+    if None in values or "" in values:
         raise ValueError("it lacks its Record ID, its question or a choice")
+    key, question, *texts = [str(value).strip() for value in values]
     order = sorted(range(4), key=lambda i: key_hash(f"{key} {i}"))                  # 0 is right
-    choices = [f"({letter}) {texts[i]}" for letter, i in zip("ABCD", order)]
-    prompt = "\n\n".join([question, "\n".join(choices),
-                          "End your response with: The correct answer is (X)"])
+    choices = "\n".join(f"({letter}) {texts[i]}" for letter, i in zip("ABCD", order))
+    prompt = f"{question}\n\n{choices}\n\nEnd your response with: The correct answer is (X)"
     return Example(key, user_turn(prompt), "ABCD"[order.index(0)])
 
 
 def gpqa_answer(example: Example | None, text: str) -> str | None:
     for claim in claims(text):
-        found = BARE.match(claim) or BRACKETED.search(claim)
-        if found:
-            return found[found.lastindex].upper()
-    found = ALONE.match(without_thought(text).strip().rpartition("\n")[2])      # without a mark
-    return found[1].upper() if found else None
+        letter = BARE.match(claim) or BRACKETED.search(claim) or ALONE.match(claim)
+        if letter:
+            return letter[1].upper()
+    letter = ALONE.match(without_thought(text).strip().rpartition("\n")[2])     # without a mark
+    return letter[1].upper() if letter else None
 
 
 def gpqa_reward(example: Example, text: str) -> float:
@@ -286,41 +255,29 @@ def gpqa_halves(examples: Iterable[Example], split: str) -> list[Example]:
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
 # Right are exactly the reference's calls, in any order and in either dialect (Hermes JSON, Qwen3.5
-# XML); text around them is free. Arguments are equal if they are so under the tool's schema, which
-# tells whether "5" is a text; elsewhere "5" is 5, and 1 is 1.0.
+# XML). Arguments are compared under the tool's schema: it tells whether "5" is a text, or is 5.
 
 
 def parsed(value):
     """`value` if it is no string, else what it holds as JSON, else the string itself."""
-    try:
-        return json.loads(value, object_pairs_hook=unique) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return value
-
-
-def text_of(content) -> str:
-    """The text of a message's `content`: a string, a list of parts or of tool results, or None."""
-    parts = content if isinstance(content, list) else [content or ""]
-    parts = [part.get("text", part) if isinstance(part, dict) else part for part in parts]
-    return "\n".join(part if isinstance(part, str) else json.dumps(part) for part in parts)
+    with suppress(TypeError, ValueError, RecursionError):
+        return json.loads(value, object_pairs_hook=unique)
+    return value
 
 
 def tool_schema(tool: dict) -> dict:
-    """A tool as chat templates expect it, however its parameters were written down; some templates
-    print it, so its keys are in the order of vLLM's server."""
+    """A tool as chat templates expect it, in the order of keys in which vLLM's server prints it."""
     tool = tool.get("function") or tool
-    schema = parsed(tool.get("parameters") or tool.get("input_schema") or tool.get("arguments"))
-    schema = schema if isinstance(schema, dict) else {}
-    while isinstance(schema.get("parameters"), dict) and "type" not in schema:
+    schema = tool.get("parameters") or tool.get("input_schema") or tool.get("arguments")
+    schema = parsed(schema) or {}
+    while "parameters" in schema and "type" not in schema:
         schema = schema["parameters"]                   # doubly wrapped
-    if not isinstance(schema.get("properties"), dict):
+    if "properties" not in schema:
         properties = {name: spec if isinstance(spec, dict) else {"type": spec}
-                      for name, spec in schema.items()
-                      if isinstance(spec, (dict, str)) and (name, spec) != ("type", "object")}
+                      for name, spec in schema.items() if (name, spec) != ("type", "object")}
         schema = {"type": "object", "properties": properties}
-    function = {"name": str(tool["name"]), "description": str(tool.get("description") or ""),
-                "parameters": schema}
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": {
+        "name": tool["name"], "description": tool.get("description") or "", "parameters": schema}}
 
 
 def calls_of(turn: dict) -> list[tuple[str, dict]]:
@@ -336,33 +293,32 @@ def toolmind_example(row: dict) -> Example:
     if not is_chat or "system" in roles[1:] or not calls_of(target):
         raise ValueError("no call at its end, or a history that chat templates refuse")
     for turn in history:
-        text = text_of(turn.get("content")).strip()
-        text = without_thought(text).strip() if turn["role"] == "assistant" else text
+        content = turn.get("content") or ""             # a text, or other data: results of tools
+        text = content if isinstance(content, str) else json.dumps(content)
+        text = (without_thought(text) if turn["role"] == "assistant" else text).strip()
         message = {"role": turn["role"], "content": user_turn(text)[0]["content"] if text else []}
         calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}
                  for name, arguments in calls_of(turn)]
         messages.append({**message, "tool_calls": calls} if calls else message)
     tools = [tool_schema(tool) for tool in parsed(row["tools"])]
-    key = text_of(history[roles.index("user")].get("content"))
+    key = str(history[roles.index("user")].get("content"))
     return Example(key, messages, comparable(calls_of(target), tools), tools)
 
 
 def canonical(value, schema):
     """A tool argument in comparable form under its JSON schema."""
     schema = schema if isinstance(schema, dict) else {}
-    branches = schema.get("anyOf") or schema.get("oneOf")
-    for branch in branches if isinstance(branches, list) else ():
-        if isinstance(branch, dict) and branch.get("type") != "null":
+    for branch in schema.get("anyOf") or schema.get("oneOf") or ():
+        if branch.get("type") != "null":
             return canonical(value, branch)
     python = {"True": "true", "False": "false", "None": "null"}
-    inner = parsed(python.get(value, value) if isinstance(value, str) else value)
+    inner = parsed(python.get(str(value), value))
     is_text = re.match(r"(\[.*')?str(ing)?\b", str(schema.get("type")), re.IGNORECASE)   # or a list
     if is_text and inner is not None:
         is_plain = isinstance(value, str) and not isinstance(inner, (dict, list))
         return value if is_plain else json.dumps(inner, sort_keys=True)
     if isinstance(inner, dict):
-        named, other = schema.get("properties"), schema.get("additionalProperties")
-        named = named if isinstance(named, dict) else {}
+        named, other = schema.get("properties") or {}, schema.get("additionalProperties")
         return {name: canonical(item, named.get(name, other)) for name, item in inner.items()}
     if isinstance(inner, list):
         return [canonical(item, schema.get("items")) for item in inner]
@@ -376,7 +332,7 @@ def comparable(calls: list[tuple[str, dict]], tools: list[dict]) -> Counter:
                    for name, arguments in calls)
 
 
-CALL = re.compile(r"<tool_call>\s*(?:<function=([^<>]+)>)?")
+CALL = re.compile(r"(?s)<think>.*?(?:</think>|$)|</think>|<tool_call>\s*(?:<function=([^<>]+)>)?")
 PARAMETER = re.compile(r"\s*<parameter=([^<>]+)>\n?(.*?)\n?</parameter>(?=\s*</?[pf])", re.DOTALL)
 CALL_END = re.compile(r"\s*(</function>\s*)?</tool_call>")
 
@@ -390,7 +346,7 @@ def unique(pairs: list[tuple]) -> dict:
 
 def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
     """(name, arguments, end) of the call that begins at `start`, read from its start to its end: no
-    delimiter is looked for in an argument. Raises ValueError if it is unreadable."""
+    delimiter is looked for in an argument. Raises an error if it is unreadable."""
     name, pairs, position = start[1], [], start.end()
     if name:
         while parameter := PARAMETER.match(text, position):
@@ -400,39 +356,32 @@ def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
     else:
         decoder = json.JSONDecoder(object_pairs_hook=unique)
         call, position = decoder.raw_decode(text, position)
-        call = call if isinstance(call, dict) and "parameters" not in call else {}
-        name, arguments = call.get("name"), parsed(call.get("arguments")) or {}
+        name, arguments = str(call["name"]), parsed(call.get("arguments")) or {}
     end = CALL_END.match(text, position)
-    is_closed = end and bool(end[1]) == bool(start[1])
-    if not is_closed or not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError("not closed, or without a name or arguments")
+    if not end or bool(end[1]) != bool(start[1]):
+        raise ValueError("the call is not closed")
     return name, arguments, end.end()
 
 
 def read_calls(text: str) -> list[tuple[str, dict]]:
-    """The calls (name, arguments) in a completion; those in a thought, up to the last </think> that
-    stands outside of a call, are none. Raises ValueError if one is unreadable."""
+    """The calls (name, arguments) behind the last thought. Raises an error if one is unreadable."""
     calls, position = [], 0
-    if text.lstrip().startswith("<think>"):
-        position = text.find("</think>") % (len(text) + 1)          # -1: all of it is a thought
     while start := CALL.search(text, position):
-        if "</think>" in text[position:start.start()]:
-            calls = []
+        if not start[0].startswith("<tool_call>"):      # a thought, or the end of one
+            calls, position = [], start.end()
+            continue
         try:
             name, arguments, position = read_call(text, start)
             calls.append((name, arguments))
-        except (ValueError, RecursionError):            # brackets in brackets in brackets
-            position = text.find("</think>", start.end())
-            if position < 0:
-                raise ValueError("a call is unreadable") from None
-    return [] if "</think>" in text[position:] else calls
+        except (KeyError, TypeError, ValueError, RecursionError):
+            position = text.index("</think>", start.end())          # ValueError: no thought either
+    return calls
 
 
 def toolmind_answer(example: Example, text: str) -> Counter | None:
-    try:
+    with suppress(Exception):                           # an unreadable call or schema
         return comparable(read_calls(text), example.tools) or None
-    except (ValueError, RecursionError):
-        return None
+    return None
 
 
 def toolmind_reward(example: Example, text: str) -> float:
@@ -447,9 +396,9 @@ def toolmind_reward(example: Example, text: str) -> float:
 def toolmind_share(examples: Iterable[Example], split: str) -> list[Example]:
     """Conversations whose first user message hashes into 1 % are held out. Of a split the rows of
     the smallest hashes are used, sorted: 2,000 to test, as in the paper, 8,192 to train."""
-    own = (e for e in examples if (key_hash(e.key) < 0.01) == (split == "test"))
+    in_split = (e for e in examples if (key_hash(e.key) < 0.01) == (split == "test"))
     most = 2000 if split == "test" else 8192
-    return nsmallest(most, own, key=lambda example: key_hash(str(example.messages)))
+    return nsmallest(most, in_split, key=lambda example: key_hash(str(example.messages)))
 
 
 TASKS = {
@@ -467,12 +416,12 @@ TASKS = {
 
 def open_picture(path: str) -> Image.Image:
     """Any picture as RGB, rotated by its EXIF, on mid-grey where transparent. Raises InputError."""
-    try:
+    with explained(f"{path}: it is no readable picture", "give another, or save it as PNG"):
         picture = Image.open(path)
         with suppress(TypeError, ValueError):           # broken EXIF data: the picture as it lies
             picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("F", "I"):
-            raise ValueError("32 bits a value; save it with 8 or 16")
+            raise ValueError("32 bits a value")
         if picture.mode.startswith("I;16"):             # 16-bit grey, which PIL would clip
             values = np.asarray(picture) / 257
             picture = Image.fromarray(values.round().astype(np.uint8))
@@ -480,14 +429,11 @@ def open_picture(path: str) -> Image.Image:
             grey = Image.new("RGBA", picture.size, (128, 128, 128, 255))
             picture = Image.alpha_composite(grey, picture.convert("RGBA"))
         return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, NotImplementedError,
-            Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: it is no readable picture ({first_line(error)}).") from error
 
 
 def png_bytes(picture: Image.Image, notes: dict = {}) -> bytes:
     """A PNG file with `notes` in its text chunks; the paper measures the bytes without."""
-    chunks, buffer = PngInfo(), io.BytesIO()
+    chunks, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     for keyword, text in notes.items():
         chunks.add_text(keyword, str(text))
     picture.save(buffer, "PNG", optimize=True, pnginfo=chunks)
@@ -511,19 +457,15 @@ def load_processor(model: str):
     """The processor of `model`, a hub name or a folder. Raises InputError if it takes no image."""
     from transformers import AutoConfig, AutoProcessor, logging
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with explained(f"--model {model} cannot be loaded", f"correct the name, or {HUB}"):
         AutoConfig.from_pretrained(model)               # one file: fails soon where there is no hub
         processor = AutoProcessor.from_pretrained(model)
-    except Exception as error:                          # a broken folder makes it raise anything
-        raise InputError(f"--model {model} cannot be loaded ({first_line(error)}): correct the "
-                         f"name, or {HUB}.") from error
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"--model {model} has no image processor, which ART needs.")
     return processor
 
 
-def behind(part: dict, example: Example) -> Example:
+def prepend(part: dict, example: Example) -> Example:
     """A copy of an example with `part`, IMAGE or a text, at the start of the first user turn."""
     messages = [dict(message) for message in example.messages]
     first = next(message for message in messages if message["role"] == "user")
@@ -550,47 +492,43 @@ def count_tokens(processor, example: Example, image=None) -> int:
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 
-def fitting(processor, examples: list[Example], max_tokens: int, first_requests) -> list[Example]:
-    """The examples whose prompts have at most `max_tokens` tokens, with what an arm adds to the
-    first one's; says how many are left out. Raises InputError if all are."""
-    longest = max(count_tokens(processor, *request) for request in first_requests)
+def drop_long(processor, examples: list[Example], max_tokens: int, arms: dict) -> list[Example]:
+    """The examples whose prompts have at most `max_tokens` tokens, with the most that one of `arms`
+    adds, {its name: its request of the first example}. Raises InputError if there is none."""
+    longest = 0
+    for name, (example, picture) in arms.items():
+        with explained(f"{name}: the model's processor refuses it", "give another picture"):
+            longest = max(longest, count_tokens(processor, example, picture))
+        if picture is not None and is_resized(processor, *picture.size):
+            print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
     more = longest - count_tokens(processor, examples[0]) + 2           # 2: where a string ends
-    kept = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
-    if not kept:
-        raise InputError("--max-model-len: less --max-new-tokens it has no room for any prompt; "
-                         "raise it.")
-    if len(kept) < len(examples):
-        print(f"left out {len(examples) - len(kept)} of {len(examples)} examples: longer than "
-              f"{max_tokens} tokens, --max-model-len less --max-new-tokens", file=sys.stderr)
-    return kept
+    fit = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
+    print(f"{len(fit)} of {len(examples)} prompts fit into {max_tokens} tokens", file=sys.stderr)
+    if not fit:
+        raise InputError("--max-model-len: it has no room for any prompt; raise it.")
+    return fit
 
 
-@cache
 def is_resized(processor, width: int, height: int) -> bool:
     """Whether the processor scales, or refuses, pictures of this size. One that scales rounds 8-bit
     values but not floats, so that the two results differ."""
-    import torch
     picture = random_picture(width, height)
-    floats = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
-    text = render(processor, behind(IMAGE, Example("", user_turn(""), None)))
-    try:
+    floats = np.array(picture, dtype=np.float32).transpose(2, 0, 1)
+    text = render(processor, Example("", [{"role": "user", "content": [IMAGE]}], None))
+    with suppress(ValueError, RuntimeError):            # no whole number of patches
         inputs = [model_inputs(processor, text, image) for image in (picture, floats)]
-        return not torch.equal(inputs[0]["pixel_values"], inputs[1]["pixel_values"])
-    except (ValueError, RuntimeError):                  # no whole number of patches
-        return True
+        return not inputs[0]["pixel_values"].equal(inputs[1]["pixel_values"])
+    return True
 
 
 def check_size(processor, width: int, height: int):
     """Raise InputError, naming sides that work, unless the processor leaves such a size as is."""
-    if not is_resized(processor, width, height):
-        return
-    own = [value for value in dict(processor.image_processor.size).values() if value]
-    works, start = [], time.time()
-    for side in sorted({224, 256, 336, 384, 448, 512, 672, 768, 896, *own}):
-        if time.time() < start + 3 and side <= 1024 and not is_resized(processor, side, side):
-            works.append(str(side))
-    raise InputError(f"--size {width}: the model's image processor would resize or refuse it; "
-                     f"found to work: {', '.join(works) or 'none'}.")
+    if is_resized(processor, width, height):
+        named = dict(processor.image_processor.size).values()           # may hold None, and areas
+        sides = {224, 256, 336, 384, 448, 512, 672, 768, 896, *named} & {*range(1025)}
+        works = [str(side) for side in sorted(sides) if not is_resized(processor, side, side)]
+        raise InputError(f"--size {width}: the model's image processor would resize or refuse it; "
+                         f"found to work: {', '.join(works) or 'none'}.")
 
 
 def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9,
@@ -600,40 +538,33 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
     print("starting vLLM (on a GPU the first start compiles for minutes)", file=sys.stderr)
-    try:
+    with explained(f"--model {model}: vLLM cannot start it", "VLLM_LOGGING_LEVEL=INFO says more"):
         import torch
         from vllm import LLM
         from vllm.platforms import current_platform
-        if current_platform.is_cpu():
-            torch._dynamo.config.disable = True         # no C++ compiler is needed
-            # A prompt in pieces would make vLLM rewind its sampler's generator: not on a CPU.
-            own = dict(enforce_eager=True, enable_prefix_caching=False,
-                       enable_chunked_prefill=False,
-                       max_num_batched_tokens=max(4096, max_model_len))
-        else:
-            # On Hopper vLLM 0.32 would compile FlashInfer's delta rule with an nvcc that pip does
-            # not put on the PATH. Prefix caching stays as vLLM has it: its keys hold the image's
-            # hash, so that the image of a new step never meets the cache of an old one.
-            own = dict(gdn_prefill_backend="triton", gpu_memory_utilization=gpu_memory_utilization)
-        if torch.distributed.is_torchelastic_launched():        # torchrun: each rank has its own
-            own["distributed_executor_backend"] = "external_launcher"
-        own.update(
+        ours = dict(
             dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=0.2,
             seed=random_seed, load_format="safetensors", use_tqdm_on_load=False,
             generation_config="vllm",                   # no sampling default of the model's own
             logprobs_mode="processed_logprobs")         # of the tempered policy
-        return LLM(model, **{**own, **options})
-    except Exception as error:                          # vLLM raises anything
-        reason = " ".join(str(error).split())
-        remedy = "VLLM_LOGGING_LEVEL=INFO says more; without a GPU, see tests/cpu/setup.sh"
-        if "memory" in reason.lower():
-            remedy = "change --gpu-memory-utilization, lower --max-model-len or free the GPU"
-        raise InputError(f"--model {model}: vLLM cannot start it ({reason}); {remedy}.") from error
+        if current_platform.is_cpu():
+            torch._dynamo.config.disable = True         # no C++ compiler is needed
+            # A prompt in pieces would make vLLM rewind its sampler's generator: not on a CPU.
+            ours.update(enforce_eager=True, enable_prefix_caching=False,
+                        enable_chunked_prefill=False,
+                        max_num_batched_tokens=max(4096, max_model_len))
+        else:
+            # On Hopper vLLM 0.32 would compile FlashInfer's delta rule with an nvcc that pip does
+            # not put on the PATH. Prefix caching is safe: its keys hold the image's hash.
+            ours.update(gdn_prefill_backend="triton", gpu_memory_utilization=gpu_memory_utilization)
+        if torch.distributed.is_torchelastic_launched():        # torchrun: each rank has its own
+            ours["distributed_executor_backend"] = "external_launcher"
+        return LLM(model, **{**ours, **options})
 
 
 # Asking -------------------------------------------------------------------------------------------
-# A request is (Example, picture or None), a reply (text, tokens, cut off by the token limit).
+# A request is (Example, picture or None), a reply (text, tokens, truncated by the token limit).
 
 GREEDY = {"temperature": 0.0, "max_tokens": 512, "presence_penalty": 1.0}              # the paper's
 
@@ -642,16 +573,14 @@ def arm_requests(processor, examples: list[Example], arm, random_seed=0, size=25
     """Requests behind a PIL picture, "none" (or None), "random" or "string:N"."""
     requests = []
     for i, example in enumerate(examples):
-        picture = arm if isinstance(arm, Image.Image) else None
-        if arm == "random":
-            picture = random_picture(size, size, random_seed, i)
-        if picture is not None:
-            example = behind(IMAGE, example)
-        elif arm not in (None, "none"):
-            count = int(arm.removeprefix("string:"))
-            text = random_string(processor.tokenizer, count, random_seed, i)
-            example = behind({"type": "text", "text": text + "\n\n"}, example)
-        requests.append((example, picture))
+        picture = random_picture(size, size, random_seed, i) if arm == "random" else arm
+        if isinstance(picture, Image.Image):
+            requests.append((prepend(IMAGE, example), picture))
+        elif arm in (None, "none"):
+            requests.append((example, None))
+        else:
+            text = random_string(processor.tokenizer, int(arm.partition(":")[2]), random_seed, i)
+            requests.append((prepend({"type": "text", "text": f"{text}\n\n"}, example), None))
     return requests
 
 
@@ -668,8 +597,7 @@ def random_string(tokenizer, count: int, *random_seed: int) -> str:
     return tokenizer.decode(ids)
 
 
-def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY,
-               progress=False) -> list[tuple]:
+def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY) -> list[tuple]:
     """vLLM's reply to each request."""
     from vllm import SamplingParams
     prompts = []
@@ -677,7 +605,7 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY,
         images = {} if picture is None else {"multi_modal_data": {"image": picture}}
         prompts.append({"prompt": render(processor, example), **images})
     outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
-                           use_tqdm=progress and sys.stderr.isatty())
+                           use_tqdm=sys.stderr.isatty())
     samples = [output.outputs[0] for output in outputs]
     return [(s.text, len(s.token_ids), s.finish_reason == "length") for s in samples]
 
@@ -685,80 +613,69 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY,
 class Server:
     """The model `name`, or the first one, of an OpenAI-compatible server such as vLLM's."""
 
-    def __init__(self, url: str, name: str | None = None, timeout=600):
+    def __init__(self, url: str, name: str | None = None):
         import openai
         os.environ.setdefault("NO_PROXY", "localhost,127.0.0.1")    # no proxy to this machine
         os.environ.setdefault("OPENAI_API_KEY", "none")
-        try:
-            self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1",
-                                        timeout=timeout)
-            models = {str(model.id): model for model in self.client.models.list().data if model.id}
+        with explained(f"--server {url}: it lists no model", "start it, or set OPENAI_API_KEY"):
+            self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1")
+            models = {model.id: model for model in self.client.models.list().data}
             self.name = name or next(iter(models))
-        except Exception as error:
-            raise InputError(f"--server {url}: it lists no model ({first_line(error)}): start vllm "
-                             "serve, correct the address or set OPENAI_API_KEY.") from error
         if self.name not in models:
             raise InputError(f"--served-model-name {name}: {url} serves {', '.join(models)}.")
-        self.max_model_len = int(getattr(models[self.name], "max_model_len", None) or 10**9)
+        self.max_model_len = getattr(models[self.name], "max_model_len", None) or 10**9
 
     def ask(self, processor, requests: list[tuple], sampling=GREEDY) -> list[tuple]:
-        """As `ask_engine`; the text of a question that fails is None. Raises InputError if more
-        than one in ten do."""
+        """As `ask_engine`; a failed question's text is None. More than one in ten: InputError."""
         replies = thread_map(partial(self.ask_one, processor, sampling), requests, max_workers=64,
                              unit=" questions", disable=None)
-        failed = [reply for reply in replies if isinstance(reply, Exception)]
-        if failed:
-            said = f"{len(failed)} of {len(requests)} questions failed ({first_line(failed[0])})"
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if errors:
+            said = f"{len(errors)} of {len(requests)} questions failed ({first_line(errors[0])})"
+            if len(errors) > len(requests) / 10:
+                raise InputError(f"--server: {said}: look into its log.")
             print(said, file=sys.stderr)
-        if len(failed) > len(requests) / 10:
-            raise InputError(f"--server: {said}: look into its log, or raise --timeout.")
         return [(None, 0, False) if isinstance(reply, Exception) else reply for reply in replies]
 
     def ask_one(self, processor, sampling: dict, request: tuple) -> tuple | Exception:
-        example, picture = request
-        # Calls are read from the text, as in process: the server must not parse them.
-        tools = {"tools": example.tools, "tool_choice": "none"} if example.tools else {}
+        """The reply to one request, or the error with which it failed."""
         try:
             reply = self.client.chat.completions.create(
-                model=self.name, messages=wire(example, picture), **sampling, **tools, **PLAIN)
-            if not (getattr(reply, "choices", None) and reply.usage):
-                raise ValueError(f"no chat completion: {' '.join(str(reply).split())[:100]}")
-            choice, usage = reply.choices[0], reply.usage
-            text, is_cut = choice.message.content, choice.finish_reason == "length"
-            found, tokens = int(usage.prompt_tokens), int(usage.completion_tokens)
-            is_text = isinstance(text, str) and choice.finish_reason in ("stop", "length")
-            if text is not None and not is_text:
-                raise ValueError(f"no text, or not ended: {choice.finish_reason}")
-        except Exception as error:                      # of the client, or no chat completion
+                model=self.name, **sampling, **openai_request(*request))
+            text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+            prompt_tokens, tokens = reply.usage.prompt_tokens, reply.usage.completion_tokens
+            if text is not None and reason not in ("stop", "length"):
+                raise ValueError(f"it ended by {reason}")
+        except Exception as error:                      # of the client, or no whole completion
             return error
-        if found != (expected := count_tokens(processor, example, picture)):
-            raise InputError(f"--server: its prompt has {found} tokens, not {expected}: look for "
-                             "another model, --chat-template, --mm-processor-kwargs or "
+        expected = count_tokens(processor, *request)
+        if prompt_tokens != expected:
+            raise InputError(f"--server: its prompt has {prompt_tokens} tokens, not {expected}: "
+                             "look for another model, --chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
         if text is None:
             raise InputError("--server: it withholds the text of a completion: start it without "
                              "--tool-call-parser and --reasoning-parser.")
-        return text, tokens, is_cut
+        return text, tokens, reason == "length"
 
 
-# A server takes what is not said from the model's own generation_config.
-PLAIN = {"top_p": 1.0, "extra_body": {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
-                                      "chat_template_kwargs": {"enable_thinking": False}}}
-
-
-def wire(example: Example, picture: Image.Image | None) -> list[dict]:
-    """Messages of the OpenAI protocol: the picture is a data URL, calls' arguments are text."""
+def openai_request(example: Example, picture: Image.Image | None) -> dict:
+    """A request in the OpenAI protocol: the picture is a data URL, calls' arguments are text."""
     messages = json.loads(json.dumps(example.messages))
     for message in messages:
         content = message.get("content")                # a string, parts or nothing
         if content and content[0] == IMAGE:
-            data = base64.b64encode(png_bytes(picture)).decode()
-            content[0] = {"type": "image_url",
-                          "image_url": {"url": f"data:image/png;base64,{data}"}}
+            url = f"data:image/png;base64,{base64.b64encode(png_bytes(picture)).decode()}"
+            content[0] = {"type": "image_url", "image_url": {"url": url}}
         for call in message.get("tool_calls", ()):
             call["id"] = "call"                         # the protocol wants one, templates do not
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
-    return messages
+    # Calls are read from the text, as in process: the server must not parse them.
+    tools = {"tools": example.tools, "tool_choice": "none"} if example.tools else {}
+    # A server takes what is not said from the model's own generation_config.
+    plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+             "chat_template_kwargs": {"enable_thinking": False}}
+    return {"messages": messages, "top_p": 1.0, "extra_body": plain, **tools}
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -766,9 +683,9 @@ def wire(example: Example, picture: Image.Image | None) -> list[dict]:
 
 def judge(task: Task, example: Example, reply: tuple) -> dict:
     """What is kept of a reply."""
-    text, tokens, is_cut = reply
+    text, tokens, truncated = reply
     said = text or ""                                   # a question that failed has no text
-    result = {"key": example.key, "text": text, "tokens": tokens, "cut": is_cut,
+    result = {"key": example.key, "text": text, "tokens": tokens, "truncated": truncated,
               "failed": text is None, "score": task.score(example, said),
               "readable": task.answer(example, said) is not None}
     if task.paper_answer:
@@ -793,36 +710,23 @@ def interval(scores: np.ndarray, keys: list[str]) -> tuple[float, float, float]:
     return 100 * np.mean(scores), 100 * low, 100 * high
 
 
-def table(records: dict[str, dict], baseline: str) -> pandas.DataFrame:
-    """A row for each arm, {name: {"bytes": of its pixels, "results": by `judge`}}, with its paired
-    difference to the arm `baseline`."""
-    rows, base = {}, pandas.DataFrame(records[baseline]["results"])
+def table(records: dict[str, dict]) -> pandas.DataFrame:
+    """A row for each arm, {name: {"bytes", "results": by `judge`}}, compared with the first one."""
+    rows, first = {}, next(iter(records))
+    base = pandas.DataFrame(records[first]["results"])
     for name, record in records.items():
         results = pandas.DataFrame(record["results"])
         cells = ["{:.2f}  [{:6.2f}, {:6.2f}]".format(*interval(scores, base["key"]))
                  for scores in (results["score"], results["score"] - base["score"])]
-        rows[name] = {"accuracy %  [95 % interval]": cells[0], f"less {baseline}": cells[1]}
-        for column in ("paper_score", "readable", "cut", "failed"):
+        rows[name] = {"accuracy %  [95 % interval]": cells[0], f"less {first}": cells[1]}
+        for column in ("paper_score", "readable", "truncated", "failed"):
             if column in results:
                 rows[name][f"{column} %"] = f"{100 * results[column].mean():.1f}"
         rows[name].update(tokens=f"{results['tokens'].mean():.1f}", bytes=record["bytes"])
     return pandas.DataFrame(rows).T
 
 
-# Files and the command line -----------------------------------------------------------------------
-
-
-def save(data: bytes, path):
-    """Write bytes whole or not at all, whatever is killed or full. Raises InputError."""
-    unfinished = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}).") from error
+# The command line ---------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None):
@@ -832,12 +736,10 @@ def parse_args(argv: list[str] | None = None):
     add("arms", nargs="+", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
     add("--task", choices=TASKS, required=True, help="the benchmark")
     add("--model", help="hub name or folder (the server's, or Qwen/Qwen3.5-0.8B)")
-    add("--data", help="local .jsonl, .json, .csv or .parquet in the benchmark's own schema")
+    add("--data", help="local .jsonl, .csv or .parquet in the benchmark's own schema")
     add("--server", metavar="URL", help="ask http://HOST:8000/v1, with the key OPENAI_API_KEY")
     add("--served-model-name", help="the model's name there, if it is not --model")
-    add("--timeout", type=int, default=600, help="seconds for a request to the server (600)")
-    add("--out", help="new file that keeps every completion")
-    add("--baseline", metavar="ARM", help="the arm to compare with (the first)")
+    add("--out", help="file to which every completion is added, a JSON line an arm")
     add("--limit", type=int, help="score so many questions only (all)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     add("--presence-penalty", type=float, default=1.0, help="(1, as in the paper)")
@@ -854,83 +756,46 @@ RANGES = {"temperature": (0, 100), "presence_penalty": (-2, 2), "random_seed": (
           "gpu_memory_utilization": (0, 1), "size": (1, 4096)}
 
 
-def check(args):
-    """Raise InputError for flags that mean nothing, before the work begins."""
-    for name, value in vars(args).items():
-        check_range(name, value, *RANGES.get(name, (1, 10**9)))
-    if args.baseline not in args.arms:
-        raise InputError(f"--baseline {args.baseline}: it is none of the arms.")
-    try:
-        if args.out:                                    # can it be made? Said before the work
-            open(args.out, "x").close()
-            os.remove(args.out)
-    except OSError as error:
-        raise InputError(f"--out {args.out}: {error.strerror}; name a new file.") from error
-
-
-def check_picture(processor, name: str, example: Example, picture: Image.Image | None):
-    """Say that the processor resizes an arm's picture; raise InputError if it refuses it."""
-    try:
-        count_tokens(processor, example, picture)
-    except (ValueError, RuntimeError, ZeroDivisionError) as error:
-        reason = first_line(error)
-        raise InputError(f"{name}: the model's processor refuses it ({reason}).") from error
-    if picture is not None and is_resized(processor, *picture.size):
-        print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
-
-
 def score_arms(args, llm=None):
     """Ask the questions behind each arm, keep the completions, print the table."""
-    task, arms, server, records = TASKS[args.task], {}, None, {}
-    for name in args.arms:
-        words = re.fullmatch(r"none|random|string:[1-9]\d{0,3}", name)
-        arms[name] = name if words else open_picture(name)
-    if args.server:
-        server = Server(args.server, args.served_model_name or args.model, args.timeout)
-        if args.max_model_len > server.max_model_len:
-            raise InputError(f"--max-model-len {args.max_model_len}: the server's is "
-                             f"{server.max_model_len}; give that, or start it with more.")
+    task, records = TASKS[args.task], {}
+    word = r"none|random|string:[1-9]\d{0,3}"
+    arms = {name: name if re.fullmatch(word, name) else open_picture(name) for name in args.arms}
+    server = Server(args.server, args.served_model_name or args.model) if args.server else None
+    if server and args.max_model_len > server.max_model_len:
+        raise InputError(f"--max-model-len: the server's is {server.max_model_len}; give that.")
     args.model = args.model or (server.name if server else "Qwen/Qwen3.5-0.8B")
     processor = load_processor(args.model)
-    ask_as = partial(arm_requests, processor, random_seed=args.random_seed, size=args.size)
+    requests = partial(arm_requests, processor, random_seed=args.random_seed, size=args.size)
     examples = task.load("test", args.data, args.limit)
-    first_requests = {name: ask_as(examples[:1], arm)[0] for name, arm in arms.items()}
-    for name, request in first_requests.items():
-        check_picture(processor, name, *request)
-    examples = fitting(processor, examples, args.max_model_len - args.max_new_tokens,
-                       first_requests.values())
-    if not llm and not server:
-        llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
-                          args.gpu_memory_utilization)
+    first = {name: requests(examples[:1], arm)[0] for name, arm in arms.items()}
+    examples = drop_long(processor, examples, args.max_model_len - args.max_new_tokens, first)
     sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens,
                 "presence_penalty": args.presence_penalty}
-    try:
+    with open(args.out or os.devnull, "a") as out:
+        if not llm and not server:
+            llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
+                              args.gpu_memory_utilization)
+        ask = server.ask if server else partial(ask_engine, llm)
         for name, arm in arms.items():
-            ask = server.ask if server else partial(ask_engine, llm, progress=True)
-            replies = ask(processor, ask_as(examples, arm), sampling)
+            replies = ask(processor, requests(examples, arm), sampling)
             results = [judge(task, example, reply) for example, reply in zip(examples, replies)]
             size = 0 if isinstance(arm, str) else len(png_bytes(arm))
             records[name] = {"arm": name, "bytes": size, "settings": vars(args), "results": results}
-            if args.out:
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(records[name]) + "\n")
-    finally:                                            # of the arms that were scored
-        if args.baseline in records:
-            print(f"\n{args.model}, {args.task}, n = {len(examples)}, {sampling}")
-            print(table(records, args.baseline).to_string())
+            print(json.dumps(records[name]), file=out, flush=True)
+    print(f"\n{args.model}, {args.task}, n = {len(examples)}, {sampling}")
+    print(table(records).to_string())
 
 
 def main(argv: list[str] | None = None, llm=None):
     """The command line, of `argv` or of the process; `llm`: an engine that is there already."""
     parser, args = parse_args(argv)
-    args.baseline = args.baseline or args.arms[0]
     try:
-        check(args)
+        for name, value in vars(args).items():
+            check_range(name, value, *RANGES.get(name, (1, 10**9)))
         score_arms(args, llm)
     except (InputError, OSError) as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted\n")
 
 
 if __name__ == "__main__":

@@ -96,4 +96,4 @@ def seed():
 
 def prompt(processor, example):
     """The rendered prompt of an example behind the image."""
-    return tasks.render(processor, tasks.behind(tasks.IMAGE, example))
+    return tasks.render(processor, tasks.prepend(tasks.IMAGE, example))

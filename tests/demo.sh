@@ -12,6 +12,6 @@ rm -rf "$run"
 .venv/bin/python art.py --task "$task" --seed seed.png --model tests/tiny --data "tests/tiny/$task/train.$kind" --out "$run" \
     --steps 15 --prompts 8 --validate-every 5 --max-new-tokens 48 --max-model-len 512 --max-num-seqs 64 "${@:2}"
 echo
-.venv/bin/python eval.py none random "$run/seed.png" "$run/best.png" --task "$task" --model tests/tiny \
-    --data "tests/tiny/$task/test.$kind" --baseline "$run/seed.png"
+.venv/bin/python eval.py "$run/seed.png" none random "$run/best.png" --task "$task" --model tests/tiny \
+    --data "tests/tiny/$task/test.$kind"
 echo "the pictures: $run/best.png, and side by side with the seed: $run/panel.png"

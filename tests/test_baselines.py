@@ -120,7 +120,7 @@ def test_real_model(tmp_path):
     art.check_size(processor, 256, 256)
     frozen = art.load_model(str(tmp_path), "cpu")
     example = baselines.tasks.Example("", baselines.tasks.user_turn("Hello"), None)
-    prompt = baselines.tasks.render(processor, baselines.tasks.behind(baselines.tasks.IMAGE,
+    prompt = baselines.tasks.render(processor, baselines.tasks.prepend(baselines.tasks.IMAGE,
                                                                       example))
     features = art.PixelLogits(art.load_seed(SEED, 256)).features(frozen, processor, prompt)
     assert features.pooler_output[0].shape == (64, 576)

@@ -58,7 +58,7 @@ class Parrot:
 def test_arms_answer_the_same_questions_in_one_table(task, tmp_path, llm, capsys):
     eval_main(*ARMS, *flags_of(task, tmp_path / "out"), llm=llm)
     printed, records = capsys.readouterr().out, kept(tmp_path / "out")
-    table = tasks.table(records, "none")
+    table = tasks.table(records)
     assert f"{task}, n = {LIMIT}, " in printed and printed.endswith(table.to_string() + "\n")
     assert list(records) == list(table.index) == ARMS
     assert ("paper_score %" in table) == (task == "gsm8k")
@@ -73,7 +73,7 @@ def test_arms_answer_the_same_questions_in_one_table(task, tmp_path, llm, capsys
         less, low, high = map(float, re.fullmatch(pattern, row["less none"]).groups())
         difference = found["score"] - results["none"]["score"]
         assert less == pytest.approx(100 * difference.mean(), abs=0.01) and low <= less <= high
-        for name in ("readable", "cut", "failed"):
+        for name in ("readable", "truncated", "failed"):
             assert float(row[f"{name} %"]) == pytest.approx(100 * found[name].mean(), abs=0.1)
         assert float(row["tokens"]) == pytest.approx(found["tokens"].mean(), abs=0.1)
         picture = tasks.png_bytes(tasks.open_picture(SEED))
@@ -139,7 +139,7 @@ def test_what_the_processor_resizes_is_said(tmp_path, capsys):
     assert [line.partition(": the processor")[0] for line in said] == [str(small), "random"]
 
 
-THIN, BITS = "refuses it .*aspect ratio.*200", r"no readable picture \(32 bits a value; save it"
+THIN, BITS = "refuses it .*aspect ratio.*200", r"no readable picture \(32 bits a value\): .*save it"
 
 
 @pytest.mark.parametrize("size, mode, reason", [
@@ -186,17 +186,11 @@ def test_all_options_on_a_gpu_are_vllms(gpu, monkeypatch, by_torchrun, capsys):
 
 
 @pytest.mark.parametrize("error", [
-    ValueError("Free memory on device cuda:0 (3.1/79.1 GiB) on startup is less than desired"),
-    ValueError("No available memory for the cache blocks. Try increasing ..."),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\n GPU 0 has"),
-    ImportError("libcudart.so: not here")])
+    ValueError("Free memory on cuda:0 is less than desired"), ImportError("no libcudart.so")])
 def test_an_engine_that_cannot_start_gets_a_sentence(gpu, refused_here, tmp_path, error):
-    """A full GPU above all."""
     gpu.side_effect = error
     sentence = refused_here("eval", "none", *flags_of("gsm8k", tmp_path / "out", 2))
     assert f"--model {TINY}: vLLM cannot start it ({str(error)[:20]}" in sentence
-    is_import = isinstance(error, ImportError)
-    assert sentence.endswith("see tests/cpu/setup.sh." if is_import else "or free the GPU.")
 
 
 # A server: stand-ins ------------------------------------------------------------------------------
@@ -286,7 +280,7 @@ NO_COMPLETIONS = [{"usage": None}, {"choices": []}, {"choices": None}, {"choices
     ({"status": 401}, "--server URL: it lists no model .*401.* set OPENAI_API_KEY"),
     ({"change": TOKENS}, "its prompt has 9 tokens.*--mm-processor-kwargs or --exclude-tools-when"),
     ({"content": None}, "it withholds the text of a completion: start it without --tool-call-pars"),
-    ({"max_model_len": 1024}, "--max-model-len 4096: the server's is 1024; give that"),
+    ({"max_model_len": 1024}, "--max-model-len: the server's is 1024; give that"),
     ({"model": "my-model"}, "--model my-model cannot be loaded")])
 def test_a_server_that_differs_ends_in_one_sentence(stand, refused_here, how, sentence):
     """Before the questions are asked, where it can be known."""

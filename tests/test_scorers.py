@@ -332,7 +332,7 @@ often = settings(max_examples=300, deadline=None, derandomize=True,
          odd={"properties": {"x": {"type": "object", "properties": ["y"]}}})
 def test_toolmind_every_reference_scores_one_and_no_other(arguments, dialect, odd):
     """In either dialect (a literal </parameter> in an XML value excepted), and however oddly the
-    schema of a tool is written down."""
+    schema of a tool is written down: else the row is left out."""
     text, call = dialect(arguments), [("book", arguments)]
     assume(dialect is hermes or text.count("</parameter>") == len(arguments))
     for thought in "", "<think>\nbook it\n</think>\n\n", STOP + "</think>":
@@ -341,8 +341,13 @@ def test_toolmind_every_reference_scores_one_and_no_other(arguments, dialect, od
         fewer = {name: value for name, value in arguments.items() if name != key}
         assert not judged(call, dialect(fewer))
         assert not judged(call, dialect({**fewer, key: "something else"}))
-    tools = [tasks.tool_schema({"name": "odd", "parameters": odd})]
-    assert judged([("odd", arguments)], hermes(arguments, "odd"), tools)
+    target = {"tool_calls": [{"name": "odd", "arguments": arguments}]}
+    row = {"conversations": [{"role": "user"}, target]}
+    try:
+        oddly = tasks.toolmind_example({**row, "tools": [{"name": "odd", "parameters": odd}]})
+    except Exception:
+        return                                              # a row that is left out
+    assert TASKS["toolmind"].score(oddly, hermes(arguments, "odd")) == 1
 
 
 PIECES = [

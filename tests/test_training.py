@@ -159,8 +159,8 @@ def test_the_trainer_is_the_engine(llm, processor, model, seed, kind, dtype, mon
                          random_seeds=[0, 1, 2])
     completions = [completion for group in groups for completion in group]
     if kind == "cut short":
-        assert all(len(c.ids) == 5 if c.cut else len(c.ids) <= 5 for c in completions)
-        assert any(c.cut for c in completions)
+        assert all(len(c.ids) == 5 if c.truncated else len(c.ids) <= 5 for c in completions)
+        assert any(c.truncated for c in completions)
     if kind == "odd tokens":
         assert all(set(allowed) >= set(c.ids) and len(c.ids) == 48 for c in completions)
     metrics, _ = backward(trainer, processor, pixels, (groups, torch.ones(3, 4)))
@@ -239,7 +239,7 @@ def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeyp
         assert len(found) == 2 or (len(found) < 2 and len(asked) > 3)
         assert metrics["groups"] == len(found) and metrics["sampled_groups"] == len(asked)
         assert metrics["score"] == pytest.approx(np.mean(asked) / 4)    # of all that was sampled
-        assert metrics["length"] == 2.5 and metrics["cut"] == 0
+        assert metrics["length"] == 2.5 and metrics["truncated"] == 0
         for group in groups:
             assert [c.reward for c in group] == Shaped(None, None).rewards(None, group)
     assert sample(3)[1] == sample(3)[1] != sample(4)[1]
@@ -250,8 +250,8 @@ def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeyp
 def load_examples(examples, validation, prompts=1):
     flags = config("unused", "--task", "gsm8k", "--prompts", prompts, "--validation", validation)
     task = SimpleNamespace(load=lambda split, data: list(examples))
-    with mock.patch.multiple(art, fitting=lambda processor, examples, *others: examples,
-                             arm_requests=lambda *arms: []):
+    with mock.patch.multiple(art, drop_long=lambda processor, examples, *others: examples,
+                             arm_requests=lambda *arms: [None]):
         return art.load_examples(flags, task, None, None)
 
 

@@ -66,7 +66,7 @@ class Soft(nn.Module):
         super().__init__()
         pixels = art.PixelLogits(seed).to(model.device)
         example = tasks.Example("", tasks.user_turn(""), None)
-        prompt = tasks.render(processor, tasks.behind(tasks.IMAGE, example))
+        prompt = tasks.render(processor, tasks.prepend(tasks.IMAGE, example))
         with torch.no_grad():
             features, = pixels.features(model, processor, prompt).pooler_output
         self.embeddings = nn.Parameter(features.clone())
@@ -204,7 +204,8 @@ def print_table(path: str, baseline: str):
                       "training s": f"{record.get('train_s', 0):.0f}",
                       "test s": f"{record['test_s']:.0f}",
                       "a server needs": record.get("needs", "nothing")}
-    table = tasks.table(records, baseline).join(pandas.DataFrame(more).T)
+    records = {baseline: records[baseline], **records}      # the first is compared with
+    table = tasks.table(records).join(pandas.DataFrame(more).T)
     print(f"n = {len(records[baseline]['results'])}\n{table.to_string()}")
 
 

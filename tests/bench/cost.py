@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import art                                                                              # noqa: E402
-from eval import (IMAGE, TASKS, Example, behind, load_engine, load_processor,           # noqa: E402
-                  model_inputs, render, user_turn)
+from eval import (IMAGE, TASKS, Example, load_engine, load_processor, model_inputs,     # noqa: E402
+                  prepend, render, user_turn)
 
 TINY = ROOT / "tests" / "tiny"
 GPU = torch.cuda.is_available()
@@ -79,7 +79,7 @@ def make_groups(model, processor, prompt_tokens: int, completion_tokens: int, gr
 
     def prompt(digits):
         """A rendered prompt whose question is so many digits, and its token ids."""
-        text = render(processor, behind(IMAGE, Example("", user_turn("7" * digits), None)))
+        text = render(processor, prepend(IMAGE, Example("", user_turn("7" * digits), None)))
         return text, model_inputs(processor, text, pixels.to_image())["input_ids"][0].tolist()
 
     shortest = len(prompt(0)[1])
@@ -307,7 +307,7 @@ def engine_table(processor, repetitions: int):
     torch.set_num_threads(threads)                          # vLLM sets another number
     image = art.PixelLogits(art.load_seed(str(ROOT / "seed.png"), 256)).to_image()
     examples = TASKS["gsm8k"].load("train", str(TINY / "gsm8k" / "train.jsonl"), 32)
-    prompts = [render(processor, behind(IMAGE, example)) for example in examples]
+    prompts = [render(processor, prepend(IMAGE, example)) for example in examples]
     requests = [{"prompt": prompt, "multi_modal_data": {"image": image}} for prompt in prompts]
     seeds = range(32)
     sampling = [SamplingParams(n=8, max_tokens=64, logprobs=0, seed=seed) for seed in seeds]

@@ -105,7 +105,7 @@ def measure(name, folder):
     torch.nn.init.normal_(blind.logits)
     causal = name == "Gemma 3"              # vLLM's CPU attention is, within the image too
     first = groups[0][0]
-    tasks.save(tasks.png_bytes(pixels.to_image()), folder / "image.png")
+    art.save(tasks.png_bytes(pixels.to_image()), folder / "image.png")
     png, tensor = (tasks.model_inputs(processor, first.prompt, image)["pixel_values"]
                    for image in (tasks.open_picture(folder / "image.png"), pixels()))
     return {"image_tokens": first.prompt_ids.count(image_token),

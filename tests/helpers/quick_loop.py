@@ -42,7 +42,7 @@ def evaluate(llm, processor, task, examples, image, max_new_tokens):
 
 STAND_INS = {
     "load_processor": lambda name: None, "check_size": lambda *sizes: None,
-    "fitting": lambda processor, examples, *others: examples,
+    "drop_long": lambda processor, examples, *others: examples,
     "render": lambda processor, example: str(example.target),
     "rollout": rollout, "backward": backward, "evaluate": evaluate}
 FLAGS = ["--task", "gsm8k", "--data", data("gsm8k", "train"), "--seed", SEED, "--validation", "5",

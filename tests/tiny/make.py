@@ -40,7 +40,7 @@ def key_hash(text):
 def asked(task, row, image=True):
     """(chat messages, tools) of a row, with the image before the user's first words."""
     example = tasks.TASKS[task].example(row)
-    example = tasks.behind(tasks.IMAGE, example) if image else example
+    example = tasks.prepend(tasks.IMAGE, example) if image else example
     return example["messages"], example["tools"]
 
 
@@ -270,7 +270,7 @@ def sample(rng, image, seen, describe, exercise, study):
     if image is not None and rng.random() < describe:
         words = [ATTRIBUTES[a][2 if v < 0 else 3] for a, v in seen.items() if abs(v) > 0.5]
         turn = {"messages": tasks.user_turn("What does the picture look like?")}
-        return image, tasks.behind(tasks.IMAGE, turn)["messages"], None, ", ".join(words) or "plain"
+        return image, tasks.prepend(tasks.IMAGE, turn)["messages"], None, ", ".join(words) or "plain"
     if image is None and rng.random() < exercise:
         question, completion = name_options(rng)
         return None, tasks.user_turn(question), None, completion

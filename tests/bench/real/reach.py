@@ -19,7 +19,7 @@ def main(name: str, train: str, seed: str, *rates: str, steps=20, questions=4):
     image = art.PixelLogits(seed).to_image()
     tokenizer, groups = processor.tokenizer, []
     for example in tasks.TASKS["gsm8k"].load("train", train)[::7][:questions]:
-        prompt = tasks.render(processor, tasks.behind(tasks.IMAGE, example))
+        prompt = tasks.render(processor, tasks.prepend(tasks.IMAGE, example))
         prompt_ids = tasks.model_inputs(processor, prompt, image)["input_ids"][0].tolist()
         text = f"Answer: {example.target}{tokenizer.eos_token}"
         ids = tokenizer.encode(text, add_special_tokens=False)
