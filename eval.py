@@ -37,17 +37,17 @@ class InputError(Exception):
     """A wrong input. The message is one sentence: what was given, what is wrong, what to do."""
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".:") or type(error).__name__
 
 
 @contextmanager
 def explained(fact: str, remedy: str):
-    """Make an InputError of any error: the fact (the error's first line): the remedy."""
+    """Make an InputError of any error: the fact (what the error says): the remedy."""
     try:
         yield
     except Exception as error:
-        raise InputError(f"{fact} ({first_line(error)}): {remedy}.") from error
+        raise InputError(f"{fact} ({one_line(error)}): {remedy}.") from error
 
 
 def check_range(name: str, value, low: float, high: float):
@@ -88,9 +88,12 @@ class Task:
         def usable():
             for row in read_rows(path):
                 try:
-                    yield self.example(row)
+                    example = self.example(row)
+                    # Bytes and half characters are no text.
+                    json.dumps([example.messages, example.tools], ensure_ascii=False).encode()
+                    yield example
                 except Exception as error:              # rows are as irregular as their authors
-                    errors.append(f"{type(error).__name__}: {first_line(error)}")
+                    errors.append(f"{type(error).__name__}: {one_line(error)}")
 
         is_hub_file = Path(path).name in re.split("[ /]", name)
         examples = self.divide(usable(), split) if self.divide and is_hub_file else usable()
@@ -221,10 +224,10 @@ GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {
 
 
 def gpqa_example(row: dict) -> Example:
-    values = [row[name] for name in GPQA_FIELDS]
-    if None in values or "" in values:
+    values = ["" if row[name] is None else str(row[name]).strip() for name in GPQA_FIELDS]
+    if "" in values:
         raise ValueError("it lacks its Record ID, its question or a choice")
-    key, question, *texts = [str(value).strip() for value in values]
+    key, question, *texts = values
     order = sorted(range(4), key=lambda i: key_hash(f"{key} {i}"))                  # 0 is right
     choices = "\n".join(f"({letter}) {texts[i]}" for letter, i in zip("ABCD", order))
     prompt = f"{question}\n\n{choices}\n\nEnd your response with: The correct answer is (X)"
@@ -354,9 +357,9 @@ def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
             position = parameter.end()
         arguments = unique(pairs)
     else:
-        decoder = json.JSONDecoder(object_pairs_hook=unique)
-        call, position = decoder.raw_decode(text, position)
-        name, arguments = str(call["name"]), parsed(call.get("arguments")) or {}
+        call, position = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, position)
+        name = str(call["name"])
+        arguments = parsed(call["arguments"] if len(call) > 1 else None) or {}
     end = CALL_END.match(text, position)
     if not end or bool(end[1]) != bool(start[1]):
         raise ValueError("the call is not closed")
@@ -538,7 +541,8 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
     print("starting vLLM (on a GPU the first start compiles for minutes)", file=sys.stderr)
-    with explained(f"--model {model}: vLLM cannot start it", "VLLM_LOGGING_LEVEL=INFO says more"):
+    with explained(f"--model {model}: vLLM cannot start it", "change --gpu-memory-utilization, set "
+                   "VLLM_LOGGING_LEVEL=INFO to see more, or without a GPU see tests/cpu/setup.sh"):
         import torch
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -606,8 +610,8 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY) -> list[t
         prompts.append({"prompt": render(processor, example), **images})
     outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
                            use_tqdm=sys.stderr.isatty())
-    samples = [output.outputs[0] for output in outputs]
-    return [(s.text, len(s.token_ids), s.finish_reason == "length") for s in samples]
+    return [(sample.text, len(sample.token_ids), sample.finish_reason == "length")
+            for output in outputs for sample in output.outputs]
 
 
 class Server:
@@ -631,7 +635,7 @@ class Server:
                              unit=" questions", disable=None)
         errors = [reply for reply in replies if isinstance(reply, Exception)]
         if errors:
-            said = f"{len(errors)} of {len(requests)} questions failed ({first_line(errors[0])})"
+            said = f"{len(errors)} of {len(requests)} questions failed ({one_line(errors[0])})"
             if len(errors) > len(requests) / 10:
                 raise InputError(f"--server: {said}: look into its log.")
             print(said, file=sys.stderr)
@@ -779,10 +783,11 @@ def score_arms(args, llm=None):
         ask = server.ask if server else partial(ask_engine, llm)
         for name, arm in arms.items():
             replies = ask(processor, requests(examples, arm), sampling)
-            results = [judge(task, example, reply) for example, reply in zip(examples, replies)]
+            results = [judge(task, *pair) for pair in zip(examples, replies)]
             size = 0 if isinstance(arm, str) else len(png_bytes(arm))
-            records[name] = {"arm": name, "bytes": size, "settings": vars(args), "results": results}
+            records[name] = dict(arm=name, bytes=size, settings=vars(args), results=results)
             print(json.dumps(records[name]), file=out, flush=True)
+            print(f"{name}: {np.mean([r['score'] for r in results]):.2%}", file=sys.stderr)
     print(f"\n{args.model}, {args.task}, n = {len(examples)}, {sampling}")
     print(table(records).to_string())
 
