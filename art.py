@@ -65,7 +65,7 @@ class Config:
     eps_low: float = flag(0.2, "the ratio is clipped below 1 - this")
     eps_high: float = flag(0.28, "the ratio is clipped above 1 + this")
     # Not known from the paper, or added to it
-    rounding: bool = flag(True, "train the 8-bit image; the paper trains the continuous one")
+    rounding: bool = flag(True, "of the trained image to 8 bits; the paper: --no-rounding")
     temperature: float = flag(1.0, "of the rollouts")
     weight_decay: float = flag(0.0, "AdamW's; any pulls the image to grey")
     updates: int = flag(1, "of each rollout batch; the clip works from the second on")
@@ -82,9 +82,9 @@ class Config:
 
     def __post_init__(self):
         self.out = self.out or f"runs/{self.task}"
-        for flag in fields(self):
-            usual = (1, 10**9) if flag.type is int else (0, 10**9)          # least and most
-            check_range(flag.name, getattr(self, flag.name), *RANGES.get(flag.name, usual))
+        for item in fields(self):
+            usual = (1, 10**9) if item.type is int else (0, 10**9)          # least and most
+            check_range(item.name, getattr(self, item.name), *RANGES.get(item.name, usual))
 
 
 RANGES = {"group_size": (2, 10**9), "temperature": (0.01, 100), "random_seed": (0, 10**9),
@@ -195,12 +195,12 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
     """The clipped surrogate of DAPO (eq. 8), negated: a scalar, and metrics.
 
     logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,) or
-    (N, 1). `weight`: importance weights trainer / vLLM. The sum over tokens is divided by
-    `total_tokens`, those of the whole step (None: of `mask`), so that micro-batches add up: they
+    (N, 1), not (N, T). `weight`: importance weights trainer / vLLM. The sum over tokens is divided
+    by `total_tokens`, those of the whole step (None: of `mask`), so that micro-batches add up: they
     hold whole completions, but not all of the step. Likewise an objective of sequences (GSPO) sums
-    over N and divides by the step's number of sequences, which its author knows.
+    over N and divides by one number for the whole step, such as prompts * group_size.
     """
-    advantages, mask = advantages.reshape(len(logp), 1), mask.bool()        # refuses (N, T)
+    advantages, mask = advantages.reshape(len(logp), 1), mask.bool()
     total_tokens = total_tokens or int(mask.sum())
     ratio = torch.exp((logp - old_logp).masked_fill(~mask, 0.0))            # (N, T)
     unclipped = ratio * advantages
@@ -216,14 +216,12 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
 
 # 6. Backward through the frozen model -------------------------------------------------------------
 #
-#   pixels -> vision tower -> image features -> prompt 1 -> its G completions -> loss
-#             once a step     ^                 prompt 2 -> its G completions -> loss
-#                             gradients         once       ^     in micro-batches
-#                             meet here         a group    and here
+#   pixels -> vision tower -> features || -> prompt -> cache || -> its G completions -> loss
+#             once a step              ||    once a group    ||    in micro-batches
 #
 # All sequences share the image, and those of a group their prompt: each is computed once, and the
-# completions run on the prompt's key-value cache: P + G * C tokens a group, not G * (P + C). The
-# graph is cut at both places (`cut_graph`): gradients of what follows meet there and go on, once.
+# completions run on the prompt's key-value cache, L + G * C tokens a group, not G * (L + C). At ||
+# the graph is cut (`cut_graph`): the gradients of all that follows add up there, and go on once.
 
 
 def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]],
@@ -236,22 +234,22 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
     device, image = model.device, pixels.to_image()
     total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
     features, finish_image = cut_graph(pixels.features(model, processor, groups[0][0].prompt))
-    for group, advantage in zip(groups, advantages.to(device)):                     # (G,)
+    for group, advantage in zip(groups, advantages.to(device)):         # G completions, (G,)
         prefix, finish_prefix = cut_graph(run_prompt(model, processor, group[0], image, features))
         longest = max(len(c.ids) for c in group)        # the prompt's graph is in memory, too
-        size = max(1, (tokens_per_microbatch - len(group[0].prompt_ids)) // max(1, longest))
-        for start in range(0, len(group), size):                                    # micro-batches
-            completions = group[start:start + size]
+        room = max(1, (tokens_per_microbatch - len(group[0].prompt_ids)) // max(1, longest))
+        for start in range(0, len(group), room):                                    # micro-batches
+            completions = group[start:start + room]
             ids = pad([c.ids for c in completions], 0, device)                      # (N, T)
             mask = pad([[True] * len(c.ids) for c in completions], False, device)   # (N, T)
             logp = completion_logps(model, prefix, ids, mask, temperature)          # (N, T)
             for c, row in zip(completions, logp.tolist()):
-                if c.old_logps is None:
+                if c.old_logps is None:                 # the first update of a batch: pi_old = pi
                     c.old_logps = row[:len(c.ids)]
             old_logp = pad([c.old_logps for c in completions], 0.0, device)
             vllm_logp = pad([c.vllm_logps for c in completions], 0.0, device)
             weight = (old_logp - vllm_logp).exp().clamp(max=weight_cap) if weight_cap else None
-            loss, logged = loss_function(logp, old_logp, advantage[start:start + size], mask,
+            loss, logged = loss_function(logp, old_logp, advantage[start:start + room], mask,
                                          total_tokens=total_tokens, weight=weight)
             loss.backward()
             logged |= {"entropy": -old_logp.sum() / total_tokens,
@@ -378,7 +376,7 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
           on_step: Callable | None = None, llm=None, model=None):
     """Train one image as the flags say, into the folder `config.out`. Yours, if given: `pixels` in
     the place of PixelLogits, `loss_function` of dapo_loss, `on_step`, which is called with each
-    step's metrics, an engine and a frozen model."""
+    step's metrics, an engine and a frozen model, by `load_model`."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)
     task, processor = TASKS[config.task], load_processor(config.model)
@@ -388,10 +386,10 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
     seed_image = pixels.to(device).to_image()
     if seed_image:
         check_size(processor, *seed_image.size)
-    optimizer = torch.optim.AdamW(pixels.parameters(), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(pixels.parameters(), config.lr, weight_decay=config.weight_decay)
     training, validation = load_examples(config, task, processor, seed_image)
-    inputs = f"{training} {validation} {seed_image and seed_image.tobytes().hex()}"
-    state = load_state(config, inputs, pixels, optimizer)
+    data = f"{training} {validation} {seed_image and seed_image.tobytes().hex()}"
+    state = load_state(config, data, pixels, optimizer)
     llm = llm or load_engine(config.model, config.max_model_len, config.max_num_seqs,
                              config.gpu_memory_utilization, config.random_seed)
     model = model or load_model(config.model, device)
@@ -426,7 +424,7 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
     at most `config.rounds` times. Returns those groups, and metrics over all that was sampled, on
     all ranks. Random seed, rank and step alone say which prompts, and seed their samples."""
     generator = random.Random(f"{config.random_seed} {RANK} {step}")
-    kept, sampled = [], []
+    kept, samples = [], []
     for _ in range(config.rounds):
         chosen = generator.sample(examples, config.prompts - len(kept))
         random_seeds = [generator.getrandbits(62) for _ in chosen]
@@ -436,14 +434,14 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
         for example, group in zip(chosen, groups):
             for c, reward in zip(group, task.rewards(example, group)):
                 c.score, c.reward = task.score(example, c.text), reward
-                sampled.append((c.score, c.reward, len(c.ids), c.truncated))
+                samples.append((c.score, c.reward, len(c.ids), c.truncated))
             if len({c.score for c in group}) > 1:       # by the score, not by the shaped reward
                 kept.append(group)
         if len(kept) == config.prompts:
             break
-    sampled = sum(gather(sampled), [])
-    metrics = dict(zip(("score", "reward", "length", "truncated"), np.mean(sampled, 0).tolist()))
-    metrics.update(groups=sum(gather(len(kept))), sampled_groups=len(sampled) // config.group_size)
+    samples = sum(gather(samples), [])
+    metrics = dict(zip(("score", "reward", "length", "truncated"), np.mean(samples, 0).tolist()))
+    metrics.update(groups=sum(gather(len(kept))), sampled_groups=len(samples) // config.group_size)
     return kept, metrics
 
 
@@ -480,7 +478,7 @@ def load_model(name: str, device: str):
     # fla 0.6 would compile a TileLang kernel with pip's nvcc, against other headers (fla issue
     # 949). It reads this when transformers imports it, with the model's code.
     os.environ.setdefault("FLA_TILELANG", "0")
-    # With a mask, cuDNN's attention gave NaN gradients on Hopper (pytorch issue 196678).
+    # Given a mask, cuDNN's attention gave NaN gradients on Hopper (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     dtype = torch.bfloat16 if "cuda" in device else torch.float32
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True)
@@ -490,7 +488,7 @@ def load_model(name: str, device: str):
 
 
 def check_model(model, device: str):
-    """Raise InputError for a model behind which `backward` would be wrong, or ten times slower."""
+    """Raise InputError for a model whose gradients would be wrong, or take ten times as long."""
     cache = graph_cache(model)
     with explained("a library is missing or old", "pip install -r requirements.txt"):
         require_version("transformers>=5.18")           # older models take no mm_encoder_outputs
@@ -522,12 +520,12 @@ def load_examples(config: Config, task: Task, processor, image) -> tuple[list, l
 FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch")
 
 
-def load_state(config: Config, inputs: str, pixels: nn.Module, optimizer) -> dict:
+def load_state(config: Config, data: str, pixels: nn.Module, optimizer) -> dict:
     """The state of the run in `config.out`, loaded into pixels and optimizer; a new one where a run
-    begins. `inputs`: its data and seed. Raises InputError if it is another run's, or broken."""
+    begins. `data`: its rows and seed. Raises InputError if it is another run's, or broken."""
     folder, path = Path(config.out), Path(config.out, "state.pt")
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    settings["data_hash"] = key_hash(inputs)
+    settings.update(data_and_seed=key_hash(data), ranks=WORLD_SIZE)
     state = {"settings": settings, "history": [], "files": {}}
     with explained(f"--out {folder}: it holds no run", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -536,12 +534,13 @@ def load_state(config: Config, inputs: str, pixels: nn.Module, optimizer) -> dic
             state = torch.load(path, "cpu", weights_only=True)
         others = [name for name in settings if state["settings"].get(name) != settings[name]]
     if held and not (config.resume and path.exists()):
-        raise InputError(f"--out {folder}: it is not empty; --resume goes on with a run in it.")
+        raise InputError(f"--out {folder}: it is not empty; --resume goes on where a run lies.")
     if others:
-        raise InputError(f"--resume: {folder} was run with another {', '.join(others)}: give that.")
+        raise InputError(f"--resume: {folder} was run with other {', '.join(others)}: give those.")
     if state["history"]:
         pixels.load_state_dict(state["pixels"])
         optimizer.load_state_dict(state["optimizer"])
+        print(f"{folder}: goes on after step {state['history'][-1]['step']}/{config.steps}")
         lines = "".join(json.dumps(metrics) + "\n" for metrics in state["history"])
         for name, data in {**state["files"], "metrics.jsonl": lines.encode()}.items():
             if RANK == 0:                               # a kill may have left older files

@@ -128,15 +128,15 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--task", "toolmind", "--data", data("toolmind", "train")], "task, data, data_hash"),
+    (["--task", "toolmind", "--data", data("toolmind", "train")], "task, data, data_and_seed"),
     (["--model", "another/model"], "model"), (["--lr", "0.2"], "lr"),
-    (["--random-seed", "1"], "random_seed"), (["--size", "32"], "size, data_hash"),
+    (["--random-seed", "1"], "random_seed"), (["--size", "32"], "size, data_and_seed"),
     (["--no-rounding"], "rounding"),
     (["--weight_cap", "0", "--group_size", "9"], "group_size, weight_cap")])
 def test_a_run_of_other_flags_is_not_gone_on_with(finished, flags, named):
     sentence = refused(finished, "--resume", *flags, steps=2)
     assert sentence.startswith("--resume: ") and str(finished) in sentence
-    assert f" another {named}: " in sentence
+    assert f" other {named}: " in sentence
 
 
 @pytest.mark.parametrize("place", [0, -1])
@@ -151,7 +151,7 @@ def test_a_run_whose_rows_have_changed_is_not_gone_on_with(tmp_path, questions, 
     changed = json.loads(rows[place])
     rows[place] = json.dumps({**changed, "answer": "#### 12345"}) + "\n"
     (tmp_path / "rows.jsonl").write_text("".join(rows))
-    assert "another data_hash" in refused(tmp_path / "run", *flags, "--resume", steps=3)
+    assert "other data_and_seed" in refused(tmp_path / "run", *flags, "--resume", steps=3)
 
 
 def test_another_picture_under_the_seeds_name_is_not_gone_on_with(tmp_path):
@@ -159,7 +159,7 @@ def test_another_picture_under_the_seeds_name_is_not_gone_on_with(tmp_path):
     train(tmp_path / "run", "--seed", tmp_path / "seed.png", steps=1)
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "seed.png")
     sentence = refused(tmp_path / "run", "--resume", "--seed", tmp_path / "seed.png", steps=2)
-    assert sentence.startswith("--resume: ") and "another data_hash" in sentence
+    assert sentence.startswith("--resume: ") and "other data_and_seed" in sentence
 
 
 @pytest.mark.parametrize("left", ["state.pt", "best.png", "notes.txt"])

@@ -263,7 +263,7 @@ def matrix_rate(model, tokens: int) -> float:
 
 
 def floor_seconds(model, prompt_tokens: int, completion_tokens: int, group_size: int) -> float:
-    """Seconds of the arithmetic alone: matrices and full attention of P + G*C tokens, forward and
+    """Seconds of the arithmetic alone: matrices and full attention of L + G*C tokens, forward and
     backward without weight gradients, at the rate of the decoder's matrix product."""
     text = model.config.text_config
     sampled = group_size * completion_tokens
