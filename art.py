@@ -490,7 +490,8 @@ def load_model(name: str, device: str):
 def check_model(model, device: str):
     """Raise InputError for a model whose gradients would be wrong, or take ten times as long."""
     cache = graph_cache(model)
-    with explained("transformers or fla fails", "pip install -r requirements.txt"):
+    with explained("transformers or flash-linear-attention fails",
+                   "pip install -r requirements.txt"):
         require_version("transformers>=5.18")           # older models take no mm_encoder_outputs
         if "cuda" in device and any(isinstance(x, LinearAttentionLayer) for x in cache.layers):
             import fla.ops.gated_delta_rule     # noqa: F401  (transformers falls back silently)

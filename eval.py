@@ -88,10 +88,7 @@ class Task:
         def usable():
             for row in read_rows(path):
                 try:
-                    example = self.example(row)
-                    # Bytes and half characters are no text.
-                    json.dumps([example.messages, example.tools], ensure_ascii=False).encode()
-                    yield example
+                    yield self.example(row)
                 except Exception as error:              # rows are as irregular as their authors
                     errors.append(f"{type(error).__name__}: {one_line(error)}")
 
@@ -117,12 +114,11 @@ HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there 
 
 def read_rows(path: str) -> Iterator[dict]:
     """Rows of a .jsonl, .csv or .parquet file. Raises InputError."""
-    suffix = Path(path).suffix.lower()
     with explained(f"--data {path}: it cannot be read", "give a .jsonl, .csv or .parquet file"):
-        if suffix == ".csv":
+        if Path(path).suffix == ".csv":
             rows = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False)
             yield from rows.to_dict("records")
-        elif suffix == ".parquet":
+        elif Path(path).suffix == ".parquet":
             rows = json.dumps(pyarrow.parquet.read_table(path).to_pylist(), default=str)
             yield from json.loads(rows, object_hook=without_none)
         else:
@@ -142,6 +138,7 @@ def key_hash(text: str) -> float:
 
 
 def user_turn(text: str) -> list[dict]:
+    text.encode()                                       # an error for half characters and bytes
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 
@@ -643,6 +640,7 @@ class Server:
 
     def ask_one(self, processor, sampling: dict, request: tuple) -> tuple | Exception:
         """The reply to one request, or the error with which it failed."""
+        reply = "nothing"
         try:
             reply = self.client.chat.completions.create(
                 model=self.name, **sampling, **openai_request(*request))
@@ -651,7 +649,7 @@ class Server:
             if text is not None and reason not in ("stop", "length"):
                 raise ValueError(f"it ended by {reason}")
         except Exception as error:                      # of the client, or no whole completion
-            return error
+            return ValueError(f"{one_line(error)}; its reply: {str(reply)[:80]}")
         expected = count_tokens(processor, *request)
         if prompt_tokens != expected:
             raise InputError(f"--server: its prompt has {prompt_tokens} tokens, not {expected}: "
@@ -801,6 +799,8 @@ def main(argv: list[str] | None = None, llm=None):
         score_arms(args, llm)
     except (InputError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
 
 
 if __name__ == "__main__":
