@@ -43,7 +43,7 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def explained(fact: str, remedy: str):
-    """Make an InputError of any error: the fact (what the error says): the remedy."""
+    """Turn any error inside into an InputError: "fact (the error's text): remedy."."""
     try:
         yield
     except Exception as error:
@@ -51,7 +51,7 @@ def explained(fact: str, remedy: str):
 
 
 def check_range(name: str, value, low: float, high: float):
-    """Raise InputError for a flag's number out of its range; nan is out of all."""
+    """Raise InputError for a flag's number outside of its range, or nan."""
     if isinstance(value, (int, float)) and not low <= value <= high:
         raise InputError(f"--{name.replace('_', '-')} {value}: give a number from {low} to {high}.")
 
@@ -69,16 +69,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    example: Callable[[dict], Example]              # made of a row; an error leaves the row out
-    answer: Callable[[Example, str], object]        # read in a completion; None: there is none
-    reward: Callable[[Example, str], float] | None = None           # trains; None: the score
+    example: Callable[[dict], Example]              # row -> Example; an error leaves the row out
+    answer: Callable[[Example, str], object]        # (example, completion) -> its answer, or None
+    reward: Callable[[Example, str], float] | None = None           # for training; None: the score
     hub: str = ""                                   # "repository file" on the Hugging Face hub
-    paper_answer: Callable[[str], object] | None = None             # the authors' own reading
-    divide: Callable[[Iterable, str], list[Example]] | None = None  # a file into its splits
+    paper_answer: Callable[[str], object] | None = None             # by the authors' own rule
+    divide: Callable[[Iterable, str], list[Example]] | None = None  # where the hub has one file
 
     def load(self, split: str, data: str | None = None, limit: int | None = None) -> list[Example]:
-        """The Examples of `split`, "train" or "test", of the hub's file or of a local one, which is
-        used whole unless it has the name of a hub's file that is divided. Raises InputError."""
+        """The Examples of `split`, "train" or "test". A local file `data` is used whole, unless it
+        is named like the hub's file of a task with `divide`. Raises InputError."""
         from huggingface_hub import hf_hub_download
         name = self.hub.format(split=split)
         with explained(f"{name or 'this task'} cannot be read", f"{HUB}, or give --data"):
@@ -138,18 +138,18 @@ def key_hash(text: str) -> float:
 
 
 def user_turn(text: str) -> list[dict]:
-    text.encode()                                       # an error for half characters and bytes
+    text.encode()                                       # raises for lone surrogates, and for bytes
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 
 # What a completion claims: the line behind the last "Answer:" or its like -------------------------
 
 MARK = re.compile(r"""
-    (?P<wrong> \b(?:wrong|incorrect)\s(?:\w+\s)? )?
+    (?P<wrong> \b(?:wrong|incorrect|other|eliminated)\s(?:\w+\s)? )?
     (?<![a-z]) (?: answers? | correct\ (?:option|choice) )
     (?: [*_\s]*\n                                                   # a heading above the answer
       | (?: (?!n[o'\u2019]t\b) [^\n:=.?!\d] ){0,20}?                # "answer in dollars: 18"
-        (?: \b(?:is|are|be)\b | [:\uff1a=>] ) (?! \s (?:\w+\s)? (?:not|neither)\b ) )
+        (?:\b(?:is|are|be)\b|[:\uff1a=>]) (?!\s(?:\w+\s)?(?:not|neither|wrong|incorrect)\b) )
     | \\boxed\s*\{ | \#{4}(?=\s*[-\u2010-\u2013\u2212$\d.])         # as in GSM8K's own solutions
     """, re.IGNORECASE | re.VERBOSE)
 FRACTION = re.compile(r"(?<!\d)\\[cdt]?frac\s*(?:\{\s*([-\u2212]?[\d.,]+)\s*\}|(\d))"
@@ -181,7 +181,7 @@ NUMBER = re.compile(r"""
               | \b(?:negative|minus)\s )?
     (?P<value> (?: \d{1,3}(?:[,'\u2019\u00a0\u2009\u202f]\d{3})+(?!\d) | \d{1,400}
                | (?<!\w)(?=\.\d) ) (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )
-    (?P<more> \s*[\d^\\\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f]
+    (?P<goes_on> \s*[\d^\\\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f]
               | \s*[-\u2010-\u2013\u2212+/x\u00d7\u00f7\u2044]\s*\d | [.,:e]\d )?
     """, re.IGNORECASE | re.VERBOSE)
 
@@ -197,7 +197,7 @@ def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
         claim = re.sub(r"(\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*", r"\1", claim)
         claim = re.split(r"=|\u2248|\\approx", claim)[-1]
         if number := NUMBER.search(claim):
-            is_part = number["more"] or re.search(r"[\\^\u221a]|sqrt", claim[:number.start()])
+            is_part = number["goes_on"] or re.search(r"[\\^\u221a]|sqrt", claim[:number.start()])
             above, _, below = re.sub(r"[^\d./]", "", number["value"]).partition("/")
             value = Fraction(above) / int(below or 1) * (-1 if number["sign"] else 1)
             return None if is_part else value
@@ -205,7 +205,7 @@ def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
 
 
 def gsm8k_paper_answer(text: str) -> Fraction | None:
-    """By the authors' published rule, which made the paper's figures; spaces may be line ends."""
+    """By the authors' published rule, which made the paper's figures; it reads over line ends."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL)
     numbers = re.findall(r"answer:\s*\$?\s*(-?[\d,\s]+(?:\.\d+)?)", text, re.IGNORECASE)
     number = re.sub(r"[,\s]", "", numbers[-1]) if numbers else ""
@@ -254,8 +254,8 @@ def gpqa_halves(examples: Iterable[Example], split: str) -> list[Example]:
 
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
-# Right are exactly the reference's calls, in any order and in either dialect (Hermes JSON, Qwen3.5
-# XML). Arguments are compared under the tool's schema: it tells whether "5" is a text, or is 5.
+# A completion is right if it makes exactly the reference's calls, in any order, in either dialect
+# (Hermes JSON, Qwen3.5 XML). Under the tool's schema: it tells whether "5" is a text, or is 5.
 
 
 def parsed(value):
@@ -306,14 +306,14 @@ def toolmind_example(row: dict) -> Example:
 
 
 def canonical(value, schema):
-    """A tool argument in comparable form under its JSON schema."""
+    """A tool argument as text where its schema says string, elsewhere as the JSON that it holds."""
     schema = schema if isinstance(schema, dict) else {}
     for branch in schema.get("anyOf") or schema.get("oneOf") or ():
         if branch.get("type") != "null":
             return canonical(value, branch)
     python = {"True": "true", "False": "false", "None": "null"}
     inner = parsed(python.get(str(value), value))
-    is_text = re.match(r"(\[.*')?str(ing)?\b", str(schema.get("type")), re.IGNORECASE)   # or a list
+    is_text = re.match(r"(\[.*')?str(ing)?\b", str(schema.get("type")), re.IGNORECASE)
     if is_text and inner is not None:
         is_plain = isinstance(value, str) and not isinstance(inner, (dict, list))
         return value if is_plain else json.dumps(inner, sort_keys=True)
@@ -345,8 +345,8 @@ def unique(pairs: list[tuple]) -> dict:
 
 
 def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
-    """(name, arguments, end) of the call that begins at `start`, read from its start to its end: no
-    delimiter is looked for in an argument. Raises an error if it is unreadable."""
+    """(name, arguments, end) of the call that begins at `start`. JSON is decoded, so that it may
+    hold any delimiter; a parameter ends where another tag follows. Raises an error otherwise."""
     name, pairs, position = start[1], [], start.end()
     if name:
         while parameter := PARAMETER.match(text, position):
@@ -374,7 +374,7 @@ def read_calls(text: str) -> list[tuple[str, dict]]:
             name, arguments, position = read_call(text, start)
             calls.append((name, arguments))
         except (KeyError, TypeError, ValueError, RecursionError):
-            position = text.index("</think>", start.end())          # ValueError: no thought either
+            position = text.index("</think>", start.end())  # it was thought aloud; else ValueError
     return calls
 
 
@@ -394,20 +394,20 @@ def toolmind_reward(example: Example, text: str) -> float:
 
 
 def toolmind_share(examples: Iterable[Example], split: str) -> list[Example]:
-    """Conversations whose first user message hashes into 1 % are held out. Of a split the rows of
-    the smallest hashes are used, sorted: 2,000 to test, as in the paper, 8,192 to train."""
+    """Conversations whose first user message hashes into 1 % are held out. Each split uses its rows
+    with the smallest hashes, sorted: 2,000 to test, as in the paper, 8,192 to train."""
     in_split = (e for e in examples if (key_hash(e.key) < 0.01) == (split == "test"))
     most = 2000 if split == "test" else 8192
     return nsmallest(most, in_split, key=lambda example: key_hash(str(example.messages)))
 
 
 TASKS = {
-    "gsm8k": Task(gsm8k_example, gsm8k_answer, None,
-                  "openai/gsm8k main/{split}-00000-of-00001.parquet", gsm8k_paper_answer),
-    "gpqa": Task(gpqa_example, gpqa_answer, gpqa_reward, "Idavidrein/gpqa gpqa_extended.csv",
-                 divide=gpqa_halves),
-    "toolmind": Task(toolmind_example, toolmind_answer, toolmind_reward,
-                     "Nanbeige/ToolMind graph_syn_datasets/graphsyn.jsonl", divide=toolmind_share),
+    "gsm8k": Task(gsm8k_example, gsm8k_answer, paper_answer=gsm8k_paper_answer,
+                  hub="openai/gsm8k main/{split}-00000-of-00001.parquet"),
+    "gpqa": Task(gpqa_example, gpqa_answer, gpqa_reward, divide=gpqa_halves,
+                 hub="Idavidrein/gpqa gpqa_extended.csv"),
+    "toolmind": Task(toolmind_example, toolmind_answer, toolmind_reward, divide=toolmind_share,
+                     hub="Nanbeige/ToolMind graph_syn_datasets/graphsyn.jsonl"),
 }
 
 
@@ -436,7 +436,7 @@ def png_bytes(picture: Image.Image, notes: dict = {}) -> bytes:
     chunks, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     for keyword, text in notes.items():
         chunks.add_text(keyword, str(text))
-    picture.save(buffer, "PNG", optimize=True, pnginfo=chunks)
+    picture.save(buffer, "PNG", optimize=True, pnginfo=chunks, icc_profile=None)
     return buffer.getvalue()
 
 
@@ -458,7 +458,7 @@ def load_processor(model: str):
     from transformers import AutoConfig, AutoProcessor, logging
     logging.set_verbosity_error()
     with explained(f"--model {model} cannot be loaded", f"correct the name, or {HUB}"):
-        AutoConfig.from_pretrained(model)               # one file: fails soon where there is no hub
+        AutoConfig.from_pretrained(model)               # one file: without a hub it fails soon
         processor = AutoProcessor.from_pretrained(model)
     if getattr(processor, "image_processor", None) is None:
         raise InputError(f"--model {model} has no image processor, which ART needs.")
@@ -492,16 +492,16 @@ def count_tokens(processor, example: Example, image=None) -> int:
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 
-def drop_long(processor, examples: list[Example], max_tokens: int, arms: dict) -> list[Example]:
-    """The examples whose prompts have at most `max_tokens` tokens, with the most that one of `arms`
-    adds, {its name: its request of the first example}. Raises InputError if there is none."""
+def drop_long(processor, examples: list, max_tokens: int, first_requests: dict) -> list[Example]:
+    """The examples whose prompts have at most `max_tokens` tokens, with what the longest arm adds.
+    `first_requests`: {arm: its request of the first example}. Raises InputError if none is left."""
     longest = 0
-    for name, (example, picture) in arms.items():
+    for name, (example, picture) in first_requests.items():
         with explained(f"{name}: the model's processor refuses it", "give another picture"):
             longest = max(longest, count_tokens(processor, example, picture))
         if picture is not None and is_resized(processor, *picture.size):
             print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
-    more = longest - count_tokens(processor, examples[0]) + 2           # 2: where a string ends
+    more = longest - count_tokens(processor, examples[0]) + 2           # 2: merges with a string
     fit = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
     print(f"{len(fit)} of {len(examples)} prompts fit into {max_tokens} tokens", file=sys.stderr)
     if not fit:
@@ -510,8 +510,8 @@ def drop_long(processor, examples: list[Example], max_tokens: int, arms: dict) -
 
 
 def is_resized(processor, width: int, height: int) -> bool:
-    """Whether the processor scales, or refuses, pictures of this size. One that scales rounds 8-bit
-    values but not floats, so that the two results differ."""
+    """Whether the processor scales, or refuses, pictures of this size. Scaling rounds 8-bit values,
+    but not floats: the two results then differ."""
     picture = random_picture(width, height)
     floats = np.array(picture, dtype=np.float32).transpose(2, 0, 1)
     text = render(processor, Example("", [{"role": "user", "content": [IMAGE]}], None))
@@ -533,7 +533,7 @@ def check_size(processor, width: int, height: int):
 
 def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_utilization=0.9,
                 random_seed=0, **options):
-    """A vLLM engine for one image a prompt; `options` of vLLM go before ours. Raises InputError."""
+    """A vLLM engine for one image a prompt; vLLM's `options` override ours. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
@@ -548,7 +548,7 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
             limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=0.2,
             seed=random_seed, load_format="safetensors", use_tqdm_on_load=False,
             generation_config="vllm",                   # no sampling default of the model's own
-            logprobs_mode="processed_logprobs")         # of the tempered policy
+            logprobs_mode="processed_logprobs")         # after division by the temperature
         if current_platform.is_cpu():
             torch._dynamo.config.disable = True         # no C++ compiler is needed
             # A prompt in pieces would make vLLM rewind its sampler's generator: not on a CPU.
@@ -571,7 +571,7 @@ GREEDY = {"temperature": 0.0, "max_tokens": 512, "presence_penalty": 1.0}       
 
 
 def arm_requests(processor, examples: list[Example], arm, random_seed=0, size=256) -> list[tuple]:
-    """Requests behind a PIL picture, "none" (or None), "random" or "string:N"."""
+    """The examples behind an arm: a PIL picture, "none" (or None), "random" or "string:N"."""
     requests = []
     for i, example in enumerate(examples):
         picture = random_picture(size, size, random_seed, i) if arm == "random" else arm
@@ -674,7 +674,7 @@ def openai_request(example: Example, picture: Image.Image | None) -> dict:
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     # Calls are read from the text, as in process: the server must not parse them.
     tools = {"tools": example.tools, "tool_choice": "none"} if example.tools else {}
-    # A server takes what is not said from the model's own generation_config.
+    # What a request leaves out a server takes from the model's own generation_config.
     plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
              "chat_template_kwargs": {"enable_thinking": False}}
     return {"messages": messages, "top_p": 1.0, "extra_body": plain, **tools}
@@ -696,7 +696,7 @@ def judge(task: Task, example: Example, reply: tuple) -> dict:
 
 
 def evaluate(llm, processor, task: Task, examples, picture, max_new_tokens=512) -> list[dict]:
-    """Greedy completions of `examples` behind a PIL picture, and their scores, by `judge`."""
+    """For art.py's validation: greedy completions behind a PIL picture, scored by `judge`."""
     requests = arm_requests(processor, examples, picture)
     replies = ask_engine(llm, processor, requests, {**GREEDY, "max_tokens": max_new_tokens})
     return [judge(task, example, reply) for example, reply in zip(examples, replies)]
@@ -742,7 +742,7 @@ def parse_args(argv: list[str] | None = None):
     add("--server", metavar="URL", help="ask http://HOST:8000/v1, with the key OPENAI_API_KEY")
     add("--served-model-name", help="the model's name there, if it is not --model")
     add("--out", help="file to which every completion is added, a JSON line an arm")
-    add("--limit", type=int, help="score so many questions only (all)")
+    add("--limit", type=int, help="the first so many questions only (all)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (0)")
     add("--presence-penalty", type=float, default=1.0, help="(1, as in the paper)")
     add("--size", type=int, default=256, help="side of the `random` pictures in pixels (256)")
