@@ -646,8 +646,8 @@ class Server:
                 model=self.name, **sampling, **openai_request(*request))
             text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
             prompt_tokens, tokens = reply.usage.prompt_tokens, reply.usage.completion_tokens
-            if text is not None and reason not in ("stop", "length"):
-                raise ValueError(f"it ended by {reason}")
+            if text is not None and (type(text) is not str or reason not in ("stop", "length")):
+                raise ValueError(f"no text, or ended by {reason}")
         except Exception as error:                      # of the client, or no whole completion
             return ValueError(f"{one_line(error)}; its reply: {str(reply)[:80]}")
         expected = count_tokens(processor, *request)

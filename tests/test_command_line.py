@@ -77,6 +77,7 @@ WRONG = [
     ("eval", ["--temperature", "-1"], r"--temperature -1.0: give a number from 0"),
     ("eval", ["--temperature", "nan"], r"--temperature nan: give a number from 0"),
     ("eval", ["--presence-penalty", "3"], r"--presence-penalty 3.0: give a number from -2 to 2"),
+    ("eval", ["--size", "5000"], r"--size 5000: give a number from 1 to 4096"),
     ("eval", ["--random-seed", "-1"], r"--random-seed -1: give a number from 0"),
     ("eval", ["--gpu-memory-utilization", "2"], r"--gpu-memory-utilization 2.0: give .* 0 to 1"),
     ("eval", ["--max-new-tokens", "5000"], r"--max-model-len: .* no room for any prompt"),

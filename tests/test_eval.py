@@ -170,8 +170,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("by_torchrun", [False, True])
 def test_all_options_on_a_gpu_are_vllms(gpu, monkeypatch, by_torchrun, capsys):
-    """Options of one's own go before ours. A first start of minutes that says nothing looks like a
-    hang: it is said beforehand."""
+    """One's own options override ours; a silent first start of minutes would look like a hang."""
     monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: by_torchrun)
     gpu.side_effect = lambda *args, **options: print("the engine", file=sys.stderr)
     tasks.load_engine(str(TINY), gpu_memory_utilization=0.7, dtype="float16", quantization="fp8")
@@ -234,8 +233,7 @@ class Stand(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def stand(monkeypatch):
-    """A stand-in: (its class, its address without /v1). A proxy that is out of order stands in the
-    environment, and must not stand between us and this machine."""
+    """(Its class, its address without /v1.) A broken proxy in the environment must not matter."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -271,7 +269,10 @@ ERROR = {"error": {"message": "busy", "type": "x", "code": 7}}
 TOKENS = {"usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}
 NO_LISTS = [{"object": "list", "data": []}, {"data": None}, {}, ERROR, HTML, []]
 NO_COMPLETIONS = [{"usage": None}, {"choices": []}, {"choices": None}, {"choices": [{}]},
-                  {"choices": [{"index": 0, "finish_reason": "stop"}]}, ERROR, HTML, [1], "null"]
+                  {"choices": [{"index": 0, "finish_reason": "stop"}]}, ERROR, HTML, [1], "null",
+                  *({"choices": [{"index": 0, "finish_reason": reason,
+                                  "message": {"role": "assistant", "content": content}}]}
+                    for reason, content in (("abort", "A"), ("stop", 7), ("stop", ["A"])))]
 
 
 @pytest.mark.parametrize("how, sentence", [

@@ -45,8 +45,7 @@ def test_without_rounding_the_image_is_continuous_and_its_png_still_rounded(seed
 
 @pytest.mark.parametrize("size", [256, 288, 512])
 def test_png_is_the_policy(processor, tmp_path, size):
-    """The file holds the picture in memory, and the processor gives its values for the trained
-    tensor, element for element."""
+    """The file holds the picture in memory; the processor gives its values for the tensor, too."""
     pixels = moved(torch.randint(0, 256, (3, size, size), dtype=torch.uint8))
     (tmp_path / "a.png").write_bytes(png_bytes(pixels.to_image(), {"step": 7}))
     picture = open_picture(tmp_path / "a.png")

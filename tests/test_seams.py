@@ -56,8 +56,7 @@ def definitions(file, prefix):
 
 
 def take(names):
-    """A namespace with the imports of the two files and the definitions `names` alone. They use no
-    others of the two files', and each other."""
+    """The imports of both files and the definitions `names`, which use no others of theirs."""
     defined = {**definitions(tasks, "eval."), **definitions(art, "")}
     taken = [defined[name] for name in defined if name in names]
     used = {node.id for node in ast.walk(ast.Module(taken, [])) if isinstance(node, ast.Name)}

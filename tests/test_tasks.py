@@ -157,27 +157,27 @@ def test_toolminds_rows_are_chosen_by_hash(tmp_path, monkeypatch, split, most):
 
 def test_what_is_no_example_is_left_out_and_counted(tmp_path, capsys):
     """Of GPQA the rows without an id, too: they would have one hash, and stand on one side."""
-    late, alone, no_id = toolmind_row("c"), toolmind_row("d"), gpqa_row("x")
+    late, alone, role, no_id = *map(toolmind_row, "cde"), gpqa_row("x")
+    role["conversations"][0]["role"] = "developer"
     late["conversations"][:0] = [{"role": "system", "content": "x"}] * 2
     del alone["conversations"][0], no_id["Record ID"]
     bad = {"tool_calls": [{"function": {"name": "stop", "arguments": "none"}}]}
     rows = [toolmind_row("a"), toolmind_row("f", tool_calls=None), toolmind_row("g", tool_calls=[]),
-            toolmind_row("h", **bad), late, alone, {"conversations": [], "tools": []},
-            toolmind_row("b")]
+            toolmind_row("h", **bad), late, alone, {"conversations": [], "tools": []}, role,
+            toolmind_row("half \ud800"), toolmind_row("b")]
     assert keys_of(load("toolmind", tmp_path / "a.jsonl", rows)) == ["a", "b"]
-    assert "a.jsonl: 2 examples, 6 rows left out" in capsys.readouterr().err
+    assert "a.jsonl: 2 examples, 8 rows left out" in capsys.readouterr().err
     rows = [gpqa_row("a"), no_id, gpqa_row(None), gpqa_row(""), gpqa_row("b"),
-            gpqa_row("c", **{"Incorrect Answer 2": None})]
+            gpqa_row("c", **{"Incorrect Answer 2": None}), gpqa_row("d", Question=" ")]
     for name in ("a.jsonl", "a.parquet"):
         assert keys_of(load("gpqa", tmp_path / name, rows)) == ["a", "b"]
-        assert "2 examples, 4 rows left out" in capsys.readouterr().err
+        assert "2 examples, 5 rows left out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "text.parquet"])
 def test_every_kind_of_file_gives_the_same_examples(tmp_path, suffix):
-    """Under a name that is no pattern. Nested columns are JSON text in CSV, and may be in Parquet;
-    as structs of Arrow all calls have the same arguments: those that a call lacks are None there,
-    and not here. No choice is taken for a missing value."""
+    """Under a name that is no pattern. Nested columns are JSON text in CSV, and may be in Parquet,
+    whose structs have all columns: those that a row lacks are None there, and not here."""
     path = tmp_path / f"r[o]w? *{{s}}.{suffix}"
     rows = [{"question": f"What is {i} + 1?\n\u00e9", "answer": f"#### {i + 1}"} for i in range(5)]
     assert load("gsm8k", path, rows) == list(map(tasks.gsm8k_example, rows))
@@ -217,6 +217,7 @@ def test_a_file_is_read_as_far_as_it_is_needed(tmp_path):
     ("a.jsonl", "{", "cannot be read"), ("a.csv", "q\n1", "no row is usable .*'question'"),
     ("a.jsonl", "[1]", "TypeError: "), ("a.jsonl", "", "it is empty"),
     ("a.jsonl", "7", "TypeError: "), ("a.parquet", "x", "cannot be read"),
+    ("a.jsonl", "[" * 10**6, "cannot be read"), ("a.csv", 'q,a\n"1,2\n3,4\n', "EOF inside string"),
     ("a.jsonl", '{"question": "x", "answer": "y"}', "IndexError")])
 def test_wrong_data_ends_in_one_sentence(tmp_path, name, content, reason):
     """Where no row can be used, the first one's error is in it."""

@@ -37,8 +37,7 @@ def batch(llm, processor, questions, image):
 
 
 def backward(model, processor, pixels, batch, **options):
-    """art.py's backward as the first update of a batch: (metrics, the groups with their logprobs).
-    """
+    """art.py's backward as a first update: (metrics, the groups with their logprobs)."""
     groups = fresh(batch[0])
     return art.backward(model, processor, pixels, groups, batch[1], **options), groups
 
