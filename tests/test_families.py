@@ -70,8 +70,7 @@ def test_a_size_that_works_is_named(name, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cap", [30.0, None])
 def test_a_model_that_caps_its_logits_is_refused(cap, dtype):
-    """As Gemma 4: what comes out of its output matrix are not yet the logits. Without the cap, the
-    same model is accepted."""
+    """As Gemma 4: its output matrix gives no logits yet. Without the cap it is taken."""
     small = dict(families.TEXT, layer_types=["sliding_attention", "full_attention"],
                  hidden_size_per_layer_input=0, final_logit_softcapping=cap)
     vision = dict(families.VISION, num_key_value_heads=4, head_dim=16)

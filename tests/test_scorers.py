@@ -129,7 +129,8 @@ BEHIND_THE_PROMPTS_WORDS = {
         # other letters that are mentioned, but not given as the answer
         "(B), not (A).", "(B) rather than (C).", "(B), (A) is wrong.", "(B) B, A, C",
         "(B) (E)-2-butene", "(B) (D)-glucose", "(B), vitamin C", "(B) k[A][C]", "(B) P(A) = 0.5",
-        "(B)\n\nI hope this answer is helpful!", "(B)\nA common wrong answer is (A)."],
+        "(B)\n\nI hope this answer is helpful!", "(B)\nA common wrong answer is (A).",
+        "(B).\n\nThe other answers are incorrect because (A) melts."],
     "C": ["(C), since (B) rusts.", "(C) A and D", "(C) Both A and B", "(C) Compound A and B"],
     None: ["copper", "Brass", "D-glucose", "D\u2011glucose", "B12", "C\u2013H", "vitamin B", "(X)",
            "neither (A) nor (B)", "not (B)"],

@@ -6,7 +6,6 @@ import random
 import huggingface_hub
 import numpy as np
 import pandas
-import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 import eval as tasks
 from conftest import data, prompt
 from eval import TASKS, Example, InputError
+
 
 def write(path, rows):
     """A file of rows, of the kind that its name's end says."""
