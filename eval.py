@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -82,7 +83,7 @@ class Task:
         from huggingface_hub import hf_hub_download
         name = self.hub.format(split=split)
         with explained(f"{name or 'this task'} cannot be read", f"{HUB}, or give --data"):
-            path = data or hf_hub_download(*name.split(), repo_type="dataset")
+            path = hf_hub_download(*name.split(), repo_type="dataset") if data is None else data
         errors = []
 
         def usable():
@@ -97,7 +98,7 @@ class Task:
         examples = list(islice(examples, limit))
         print(f"{path}: {len(examples)} examples, {len(errors)} rows left out", file=sys.stderr)
         if not examples:
-            raise InputError(f"--data {path}: no row is usable ({(errors or ['it is empty'])[0]}).")
+            raise InputError(f"--data {path}: no row is usable ({[*errors, 'empty split'][0]}).")
         return examples
 
     def score(self, example: Example, text: str) -> float:
@@ -115,10 +116,11 @@ HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there 
 def read_rows(path: str) -> Iterator[dict]:
     """Rows of a .jsonl, .csv or .parquet file. Raises InputError."""
     with explained(f"--data {path}: it cannot be read", "give a .jsonl, .csv or .parquet file"):
-        if Path(path).suffix == ".csv":
+        if str(path).lower().endswith(".csv"):
+            warnings.simplefilter("error", pandas.errors.ParserWarning)     # of a longer row
             rows = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False)
             yield from rows.to_dict("records")
-        elif Path(path).suffix == ".parquet":
+        elif str(path).lower().endswith(".parquet"):
             rows = json.dumps(pyarrow.parquet.read_table(path).to_pylist(), default=str)
             yield from json.loads(rows, object_hook=without_none)
         else:
@@ -145,8 +147,8 @@ def user_turn(text: str) -> list[dict]:
 # What a completion claims: the line behind the last "Answer:" or its like -------------------------
 
 MARK = re.compile(r"""
-    (?P<wrong> \b(?:wrong|incorrect|other|eliminated)\s(?:\w+\s)? )?
-    (?<![a-z]) (?: answers? | correct\ (?:option|choice) )
+    (?P<wrong> \b(?:wrong|incorrect|other)\s(?:\w+\s)? )?
+    (?<![a-z]) (?: answer (?!s|\s(?:choice|option)(?:s|\s*:)) | correct\ (?:option|choice) )
     (?: [*_\s]*\n                                                   # a heading above the answer
       | (?: (?!n[o'\u2019]t\b) [^\n:=.?!\d] ){0,20}?                # "answer in dollars: 18"
         (?:\b(?:is|are|be)\b|[:\uff1a=>]) (?!\s(?:\w+\s)?(?:not|neither|wrong|incorrect)\b) )
@@ -187,7 +189,7 @@ NUMBER = re.compile(r"""
 
 
 def gsm8k_example(row: dict) -> Example:
-    question, number = row["question"].strip(), row["answer"].split("####")[1]
+    question, number = row["question"].strip(), row["answer"].rpartition("####")[2]
     prompt = f"{question}\n\nEnd your response with: Answer: <number>"
     return Example(row["question"], user_turn(prompt), Fraction(number.replace(",", "")))
 
@@ -272,9 +274,8 @@ def tool_schema(tool: dict) -> dict:
     schema = parsed(schema) or {}
     while "parameters" in schema and "type" not in schema:
         schema = schema["parameters"]                   # doubly wrapped
-    if "properties" not in schema:
-        properties = {name: spec if isinstance(spec, dict) else {"type": spec}
-                      for name, spec in schema.items() if (name, spec) != ("type", "object")}
+    if "properties" not in schema and schema.get("type") != "object":
+        properties = {k: v if isinstance(v, dict) else {"type": v} for k, v in schema.items()}
         schema = {"type": "object", "properties": properties}
     return {"type": "function", "function": {
         "name": tool["name"], "description": tool.get("description") or "", "parameters": schema}}
@@ -282,8 +283,8 @@ def tool_schema(tool: dict) -> dict:
 
 def calls_of(turn: dict) -> list[tuple[str, dict]]:
     """The calls (name, arguments) of a turn. Raises an error where arguments are no object."""
-    functions = [call.get("function") or call for call in parsed(turn.get("tool_calls")) or []]
-    return [(call["name"], dict(parsed(call.get("arguments")) or {})) for call in functions]
+    calls = [call.get("function") or call for call in parsed(turn.get("tool_calls")) or []]
+    return [(c["name"], dict(parsed(c.get("arguments", c.get("parameters"))) or {})) for c in calls]
 
 
 def toolmind_example(row: dict) -> Example:
@@ -469,9 +470,8 @@ def prepend(part: dict, example: Example) -> Example:
     """A copy of an example with `part`, IMAGE or a text, at the start of the first user turn."""
     messages = [dict(message) for message in example.messages]
     first = next(message for message in messages if message["role"] == "user")
-    content = first["content"]
-    content = user_turn(content)[0]["content"] if isinstance(content, str) else content
-    first["content"] = [part, *content]
+    said = first["content"]                             # parts, or a string
+    first["content"] = [part, *(user_turn(said)[0]["content"] if isinstance(said, str) else said)]
     return replace(example, messages=messages)
 
 
@@ -618,7 +618,7 @@ class Server:
         import openai
         os.environ.setdefault("NO_PROXY", "localhost,127.0.0.1")    # no proxy to this machine
         os.environ.setdefault("OPENAI_API_KEY", "none")
-        with explained(f"--server {url}: it lists no model", "start it, or set OPENAI_API_KEY"):
+        with explained(f"--server {url}: it lists no model", "correct it, or set OPENAI_API_KEY"):
             self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1")
             models = {model.id: model for model in self.client.models.list().data}
             self.name = name or next(iter(models))
@@ -761,7 +761,7 @@ RANGES = {"temperature": (0, 100), "presence_penalty": (-2, 2), "random_seed": (
 def score_arms(args, llm=None):
     """Ask the questions behind each arm, keep the completions, print the table."""
     task, records = TASKS[args.task], {}
-    word = r"none|random|string:[1-9]\d{0,3}"
+    word = r"none|random|string:[1-9]\d{0,2}"
     arms = {name: name if re.fullmatch(word, name) else open_picture(name) for name in args.arms}
     server = Server(args.server, args.served_model_name or args.model) if args.server else None
     if server and args.max_model_len > server.max_model_len:
@@ -774,7 +774,7 @@ def score_arms(args, llm=None):
     examples = drop_long(processor, examples, args.max_model_len - args.max_new_tokens, first)
     sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens,
                 "presence_penalty": args.presence_penalty}
-    with open(args.out or os.devnull, "a") as out:
+    with open(os.devnull if args.out is None else args.out, "a") as out:
         if not llm and not server:
             llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
                               args.gpu_memory_utilization)

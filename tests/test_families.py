@@ -36,8 +36,7 @@ def test_trainer_and_engine_agree(found):
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_micro_batches_give_the_plain_gradient_in_every_family(name, tmp_path, questions):
-    """Two groups of completions of 3 to 9 tokens, whole and in micro-batches, against each
-    sequence alone (float32); no engine."""
+    """Two groups of 3 to 9 tokens, whole and in micro-batches, beside each sequence alone."""
     families.make(name, tmp_path)
     processor, model = tasks.load_processor(tmp_path), art.load_model(tmp_path, "cpu")
     torch.manual_seed(0)

@@ -58,8 +58,7 @@ def test_advantages_are_trls(trl_trainer):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_loss_and_gradient_are_trls(trl_trainer, monkeypatch, weighted, parts):
-    """Groups of unequal lengths, ratios on both sides of both clips; also cut into micro-batches,
-    whose losses add up."""
+    """Unequal lengths, ratios on both sides of both clips; also cut into micro-batches."""
     torch.manual_seed(parts)
     logp = (torch.randn(P * G, T, dtype=torch.double) - 2).requires_grad_()
     old_logp = logp.detach() + 0.5 * torch.randn_like(logp)

@@ -215,10 +215,11 @@ def test_a_file_is_read_as_far_as_it_is_needed(tmp_path):
 @pytest.mark.parametrize("name, content, reason", [
     ("none.jsonl", None, "No such file"), ("a.txt", "x", "give a .jsonl, .csv or"),
     ("a.jsonl", "{", "cannot be read"), ("a.csv", "q\n1", "no row is usable .*'question'"),
-    ("a.jsonl", "[1]", "TypeError: "), ("a.jsonl", "", "it is empty"),
+    ("a.jsonl", "[1]", "TypeError: "), ("a.jsonl", "", "empty split"),
     ("a.jsonl", "7", "TypeError: "), ("a.parquet", "x", "cannot be read"),
-    ("a.jsonl", "[" * 10**6, "cannot be read"), ("a.csv", 'q,a\n"1,2\n3,4\n', "EOF inside string"),
-    ("a.jsonl", '{"question": "x", "answer": "y"}', "IndexError")])
+    ("a.jsonl", "[" * 10**6, "cannot be read"), ("a.csv", "q,a\n1,2,3\n", "Length of header"),
+    ("a.csv", 'q\n"1', "EOF inside"),
+    ("a.jsonl", '{"question": "x", "answer": "y"}', "Invalid literal")])
 def test_wrong_data_ends_in_one_sentence(tmp_path, name, content, reason):
     """Where no row can be used, the first one's error is in it."""
     if content is not None:
