@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # ART, LoRA and a soft prompt on a real language model behind a small vision tower, and every
 # control, on two cores.
-#   bash tests/bench/real.sh [sums | products]             # trains, scores, prints the table
+#   bash tests/bench/real.sh [sums | products]             # three runs an arm, the table, the curve
+#   bash tests/bench/real.sh [sums | products] art|lora|soft SEED STEPS     # one of these runs
 #   bash tests/bench/real.sh [sums | products] grid        # how the learning rates were chosen
 #   bash tests/bench/real.sh [sums | products] robust      # then: what the trained image survives
 #   bash tests/bench/real.sh [sums | products] tokens      # ART with 144 image tokens
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bash tests/bench/real/setup.sh
+.venv/bin/python -c "import matplotlib" 2>/dev/null || .venv/bin/python -m pip install -q matplotlib
 export TORCH_CPP_LOG_LEVEL=ERROR PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 task=${1:-sums} what=${2:-table}
 python=.venv/bin/python folder=runs/real/$task results=$folder/results.jsonl
@@ -21,7 +23,6 @@ train() {       # train KIND FOLDER FLAGS
     $python tests/bench/baselines.py "$1" --out "$folder/$2" "${flags[@]}" "${@:3}"
 }
 score() { $python tests/bench/baselines.py score "${flags[@]}" "${test[@]}" --arms "$@"; }
-table() { $python tests/bench/baselines.py table --results "$results"; }
 
 case $task in
     sums | products) $python tests/bench/real/questions.py "$folder" "$task" ;;
@@ -33,14 +34,30 @@ flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 
     --engine "$float32" --data "$folder/train.jsonl" --temperature 0.6 --group-size 16
     --validation 48)
 test=(--test "$folder/test.jsonl" --max-new-tokens 24)
-training=("${test[@]}" --prompts 4 --rounds 1 --steps 40 --validate-every 10 --results "$results")
+training=("${test[@]}" --prompts 4 --rounds 1 --validate-every 10 --results "$results")
+declare -A lr=([art]=0.1 [lora]=0.001 [soft]=0.1)
+run() {         # run KIND SEED STEPS
+    train "$1" "$1-$2" "${training[@]}" --name "$1 $2" --lr "${lr[$1]}" --random-seed "$2" \
+        --steps "$3"
+}
+table() {
+    $python tests/bench/baselines.py table --results "$results"
+    $python tests/bench/real/curve.py "$folder"
+}
+controls() { score none random string:64 seed.png --results "$results"; }
 case $what in
     table)
         rm -f "$results"
-        score none random string:64 seed.png --results "$results"
-        train art art "${training[@]}" --lr 0.1
-        train lora lora "${training[@]}" --lr 0.001
-        train soft soft "${training[@]}" --lr 0.1
+        controls
+        for seed in 0 1 2; do
+            run art $seed 120
+            run lora $seed 40
+            run soft $seed 40
+        done
+        table ;;
+    art | lora | soft)
+        [ -e "$results" ] || controls
+        run "$what" "$3" "$4"
         table ;;
     grid)
         for kind in art soft lora; do
@@ -51,7 +68,7 @@ case $what in
             done
         done ;;
     robust)
-        best=$folder/art/best.png
+        best=$folder/art-0/best.png
         $python - "$best" <<-'END'
 		import sys
 		from PIL import Image
@@ -69,9 +86,9 @@ case $what in
         score seed.png "$best" --engine '{"dtype": "bfloat16"}' ;;
     tokens)
         model model-144 --tokens 144
-        train art 144 "${training[@]}" --lr 0.1 --model runs/real/model-144 --size 384 \
+        train art 144 "${training[@]}" --steps 40 --lr 0.1 --model runs/real/model-144 --size 384 \
             --name "art, 144 tokens"
         score "$folder/144/seed.png" --model runs/real/model-144 --results "$results"
         table ;;
-    *) echo "real.sh: after the task comes nothing, grid, robust or tokens" >&2; exit 2 ;;
+    *) echo "real.sh: after the task comes nothing or one of the words above" >&2; exit 2 ;;
 esac
