@@ -541,11 +541,11 @@ def load_state(config: Config, data: str, pixels: nn.Module, optimizer) -> dict:
     if state["history"]:
         pixels.load_state_dict(state["pixels"])
         optimizer.load_state_dict(state["optimizer"])
-        print(f"{folder}: goes on after step {state['history'][-1]['step']}/{config.steps}")
         lines = "".join(json.dumps(metrics) + "\n" for metrics in state["history"])
-        for name, data in {**state["files"], "metrics.jsonl": lines.encode()}.items():
-            if RANK == 0:                               # a kill may have left older files
-                save(data, folder / name)
+        if RANK == 0:                                   # a kill may have left older files
+            print(f"{folder}: goes on after step {state['history'][-1]['step']} of {config.steps}")
+            for name, content in {**state["files"], "metrics.jsonl": lines.encode()}.items():
+                save(content, folder / name)
     return state
 
 
