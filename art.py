@@ -570,7 +570,7 @@ def finish_step(config: Config, state: dict, pixels: nn.Module, optimizer, seed_
     if image and "validation" in metrics:
         notes["accuracy"] = metrics["validation"]
         files["panel.png"] = png_bytes(panel(seed_image, image), notes)
-        files.setdefault("seed.png", png_bytes(seed_image, notes))      # as cropped and scaled
+        files["seed.png"] = files.get("seed.png") or png_bytes(seed_image, notes)   # as cropped
         # The earlier of two equally good images is kept: it is nearer to the seed.
         if all(metrics["validation"] > before.get("validation", -1) for before in earlier):
             files["best.png"] = png_bytes(image, notes)
