@@ -5,7 +5,7 @@
 
 The model stays frozen; the pixels of one image, put before every question, are trained. The result
 is a PNG that any vLLM serves. Method: arXiv 2606.11854, of which no training code was published.
-One step, in the order of this file:
+The method, in the order of this file:
   1. load_seed          the picture to start from
   2. PixelLogits        the only parameter; its sigmoid, rounded to 8 bits, is the image
   3. rollout            vLLM samples G completions of each prompt, behind the image
@@ -37,9 +37,9 @@ from transformers import AutoModelForImageTextToText, DynamicCache, HfArgumentPa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.utils.versions import require_version
 
-from eval import (TASKS, TEMPLATED, Example, InputError, Task, arm_requests, check_range,
+from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, arm_requests, check_range,
                   check_size, drop_long, evaluate, explained, key_hash, load_engine,
-                  load_processor, model_inputs, open_picture, png_bytes, render)
+                  load_processor, model_inputs, open_picture, png_bytes, prepend, render)
 
 
 def flag(default, text: str):
@@ -70,11 +70,11 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's; any pulls the image to grey")
     updates: int = flag(1, "of each rollout batch; the clip works from the second on")
     rounds: int = flag(4, "sampling rounds a step, to replace groups all right or all wrong")
-    weight_cap: float = flag(2.0, "cap of the importance weight trainer / vLLM; 0: no weight")
+    weight_cap: float = flag(2.0, "cap of the importance weight pi_trainer / pi_vllm; 0: none")
     max_new_tokens: int = flag(512, "a completion is cut off there")
     max_model_len: int = flag(4096, "tokens of prompt and completion; longer prompts are left out")
     max_num_seqs: int = flag(256, "sequences that vLLM runs at once")
-    tokens_per_microbatch: int = flag(4096, "in a pass of the trainer: they set its memory")
+    tokens_per_microbatch: int = flag(4096, "most in a pass, but for a prompt and one completion")
     gpu_memory_utilization: float = flag(0.5, "vLLM's share of the GPU; the trainer needs the rest")
     validation: int = flag(128, "training examples set aside to choose best.png")
     validate_every: int = flag(10, "steps between validations")
@@ -156,9 +156,9 @@ class Completion:
 
 def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int, max_new_tokens=512,
             temperature=1.0, random_seeds: list[int] | None = None) -> list[list[Completion]]:
-    """Sample P groups of G = `group_size` Completions of P rendered prompts behind the image. No
-    top-p and no top-k, and load_engine's logprobs_mode: the logprobs are those of the (tempered)
-    policy. `random_seeds`, one a prompt, make them independent of what was sampled before."""
+    """Sample P groups of G = `group_size` Completions of P rendered prompts behind the image. With
+    load_engine's "processed_logprobs", and no top-p or top-k, vLLM's logprobs are the (tempered)
+    policy's. `random_seeds`, one a prompt, make samples independent of what came before."""
     from vllm import SamplingParams
     images = {"multi_modal_data": {"image": image}} if image else {}
     requests = [{"prompt": prompt, **images} for prompt in prompts]
@@ -195,7 +195,7 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
     """The clipped surrogate of DAPO (eq. 8), negated: a scalar, and metrics.
 
     logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,) or
-    (N, 1), not (N, T). `weight`: importance weights trainer / vLLM. The sum over tokens is divided
+    (N, 1), not (N, T). `weight`: of tokens, pi_trainer / pi_vllm. The sum over tokens is divided
     by `total_tokens`, those of the whole step (None: of `mask`), so that micro-batches add up: they
     hold whole completions, but not all of the step. Likewise an objective of sequences (GSPO) sums
     over N and divides by one number for the whole step, such as prompts * group_size.
@@ -279,7 +279,7 @@ def run_prompt(model, processor, completion: Completion, image: Image.Image | No
 def completion_logps(model, prefix, ids: Tensor, mask: Tensor, temperature=1.0) -> Tensor:
     """Logprobs (N, T) of N completions `ids` (N, T) behind one prompt, on N copies of its cache,
     through which gradients go back. `mask`: false on their right padding, where they are 0."""
-    def repeat(tensor):
+    def repeat(tensor):                     # without dimensions it is a setting, not a state
         return tensor.repeat_interleave(len(ids), 0) if tensor.dim() else tensor
 
     layers, last_state = prefix
@@ -353,7 +353,8 @@ def cut_graph(tree):
 
 def pad(rows: list[list], fill, device) -> Tensor:
     """Lists of different lengths as one tensor (N, T), with `fill` on the right."""
-    width = max(2, *map(len, rows))                     # models take one token for a decoding step
+    # A single token on a cache takes a model's decoding path, which overwrites its state.
+    width = max(2, *map(len, rows))
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
 
 
@@ -376,7 +377,8 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
           on_step: Callable | None = None, llm=None, model=None):
     """Train one image as the flags say, into the folder `config.out`. Yours, if given: `pixels` in
     the place of PixelLogits, `loss_function` of dapo_loss, `on_step`, which is called with each
-    step's metrics, an engine and a frozen model, by `load_model`."""
+    step's metrics, an engine and a frozen model, by `load_model`. Pixels whose `to_image` is None
+    train without an image, as LoRA does."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)
     task, processor = TASKS[config.task], load_processor(config.model)
@@ -422,20 +424,21 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
                   step: int, config: Config) -> tuple[list[list[Completion]], dict]:
     """Dynamic sampling: roll out until `config.prompts` groups hold both right and wrong answers,
     at most `config.rounds` times. Returns those groups, and metrics over all that was sampled, on
-    all ranks. Random seed, rank and step alone say which prompts, and seed their samples."""
+    all ranks. Random seed, rank and step seed prompts and samples, as a resumed run must."""
     generator = random.Random(f"{config.random_seed} {RANK} {step}")
     kept, samples = [], []
     for _ in range(config.rounds):
         chosen = generator.sample(examples, config.prompts - len(kept))
         random_seeds = [generator.getrandbits(62) for _ in chosen]
-        prompts = [render(processor, e) for e, _ in arm_requests(processor, chosen, image)]
+        prompts = [render(processor, prepend(IMAGE, e) if image else e) for e in chosen]
         groups = rollout(llm, prompts, image, config.group_size, config.max_new_tokens,
                          config.temperature, random_seeds)
         for example, group in zip(chosen, groups):
             for c, reward in zip(group, task.rewards(example, group)):
                 c.score, c.reward = task.score(example, c.text), reward
                 samples.append((c.score, c.reward, len(c.ids), c.truncated))
-            if len({c.score for c in group}) > 1:       # by the score, not by the shaped reward
+            # By the score, as in DAPO: a shaped reward counts within such groups only.
+            if len({c.score for c in group}) > 1:
                 kept.append(group)
         if len(kept) == config.prompts:
             break
@@ -608,8 +611,8 @@ def main(argv: list[str] | None = None, **seams):
     except (InputError, OSError) as error:
         parser.error(str(error))
     except torch.OutOfMemoryError:
-        parser.error("the GPU's memory is full: lower --tokens-per-microbatch or "
-                     "--gpu-memory-utilization; --resume goes on.")
+        parser.error("the GPU's memory is full: --resume with less --tokens-per-microbatch or "
+                     "--gpu-memory-utilization, or begin anew with less --max-model-len.")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted: --resume goes on after the last step\n")
 
