@@ -2,8 +2,7 @@
 # ART, LoRA and a soft prompt on a real language model behind a small vision tower, and every
 # control, on two cores.
 #   bash tests/bench/real.sh [sums | products]             # three runs an arm, the table, the curve
-#   bash tests/bench/real.sh [sums | products] art|lora|soft SEED STEPS     # one of these runs
-#   bash tests/bench/real.sh [sums | products] grid        # how the learning rates were chosen
+#   bash tests/bench/real.sh [sums | products] art|lora|soft SEED STEPS [LEARNING_RATE]  # one run
 #   bash tests/bench/real.sh [sums | products] robust      # then: what the trained image survives
 #   bash tests/bench/real.sh [sums | products] tokens      # ART with 144 image tokens
 set -euo pipefail
@@ -35,10 +34,11 @@ flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 
     --validation 48)
 test=(--test "$folder/test.jsonl" --max-new-tokens 24)
 training=("${test[@]}" --prompts 4 --rounds 1 --validate-every 10 --results "$results")
-declare -A lr=([art]=0.1 [lora]=0.001 [soft]=0.1)
-run() {         # run KIND SEED STEPS
-    train "$1" "$1-$2" "${training[@]}" --name "$1 $2" --lr "${lr[$1]}" --random-seed "$2" \
-        --steps "$3"
+declare -A lr=([art]=0.1 [lora]=0.0003 [soft]=0.03)
+run() {         # run KIND SEED STEPS [LEARNING_RATE]
+    local name="$1${4:+-$4} $2"
+    train "$1" "${name/ /-}" "${training[@]}" --name "$name" --lr "${4:-${lr[$1]}}" \
+        --random-seed "$2" --steps "$3"
 }
 table() {
     $python tests/bench/baselines.py table --results "$results"
@@ -57,16 +57,8 @@ case $what in
         table ;;
     art | lora | soft)
         [ -e "$results" ] || controls
-        run "$what" "$3" "$4"
+        run "$what" "${@:3}"
         table ;;
-    grid)
-        for kind in art soft lora; do
-            for lr in 0.001 0.01 0.1 1; do
-                echo "== $kind, learning rate $lr"
-                train $kind grid/$kind-$lr --prompts 2 --max-new-tokens 32 --steps 15 \
-                    --validate-every 15 --lr $lr
-            done
-        done ;;
     robust)
         best=$folder/art-0/best.png
         $python - "$best" <<-'END'
