@@ -4,7 +4,6 @@
 #   bash tests/bench/real.sh [sums | products]             # three runs an arm, the table, the curve
 #   bash tests/bench/real.sh [sums | products] art|lora|soft SEED STEPS [LEARNING_RATE]  # one run
 #   bash tests/bench/real.sh [sums | products] robust      # then: what the trained image survives
-#   bash tests/bench/real.sh [sums | products] tokens      # ART with 144 image tokens
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bash tests/bench/real/setup.sh
@@ -76,11 +75,5 @@ case $what in
         score seed.png "$best" --instruction "Finish with the word Answer: and the number."
         score seed.png "$best" --model runs/real/model-int8
         score seed.png "$best" --engine '{"dtype": "bfloat16"}' ;;
-    tokens)
-        model model-144 --tokens 144
-        train art 144 "${training[@]}" --steps 40 --lr 0.1 --model runs/real/model-144 --size 384 \
-            --name "art, 144 tokens"
-        score "$folder/144/seed.png" --model runs/real/model-144 --results "$results"
-        table ;;
     *) echo "real.sh: after the task comes nothing or one of the words above" >&2; exit 2 ;;
 esac
