@@ -45,7 +45,8 @@ def main(folder):
         axis.set_xlabel(text)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("validation, %")
-    axes[0].legend()
+    axes[0].set_ylim(0, 102)
+    axes[0].legend(loc="lower right", ncols=3, fontsize="small")
     figure.tight_layout()
     figure.savefig(Path(folder, "curve.png"), dpi=80)
 
