@@ -353,8 +353,7 @@ def cut_graph(tree):
 
 def pad(rows: list[list], fill, device) -> Tensor:
     """Lists of different lengths as one tensor (N, T), with `fill` on the right."""
-    # A single token on a cache takes a model's decoding path, which overwrites its state.
-    width = max(2, *map(len, rows))
+    width = max(2, *map(len, rows))     # of one token, a model's decoding path overwrites its cache
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
 
 
@@ -375,10 +374,9 @@ def gather(value) -> list:
 
 def train(config: Config, pixels: nn.Module | None = None, loss_function: Callable | None = None,
           on_step: Callable | None = None, llm=None, model=None):
-    """Train one image as the flags say, into the folder `config.out`. Yours, if given: `pixels` in
-    the place of PixelLogits, `loss_function` of dapo_loss, `on_step`, which is called with each
-    step's metrics, an engine and a frozen model, by `load_model`. Pixels whose `to_image` is None
-    train without an image, as LoRA does."""
+    """Train one image as the flags say, into the folder `config.out`. Yours, if given: `pixels` for
+    PixelLogits (without an image, as LoRA, if `to_image` gives None), `loss_function` for
+    dapo_loss, `on_step` that each step's metrics go to, an engine, a model by `load_model`."""
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)
     task, processor = TASKS[config.task], load_processor(config.model)
@@ -437,8 +435,7 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
             for c, reward in zip(group, task.rewards(example, group)):
                 c.score, c.reward = task.score(example, c.text), reward
                 samples.append((c.score, c.reward, len(c.ids), c.truncated))
-            # By the score, as in DAPO: a shaped reward counts within such groups only.
-            if len({c.score for c in group}) > 1:
+            if len({c.score for c in group}) > 1:       # by the score, as in DAPO, not the reward
                 kept.append(group)
         if len(kept) == config.prompts:
             break

@@ -144,8 +144,7 @@ def user_turn(text: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 
-# What a completion claims: the line behind the last "Answer:" or its like -------------------------
-# Each part of these patterns is there for an answer that tests/test_scorers.py shows.
+# What a completion claims; tests/test_scorers.py has an answer for each part of these patterns ----
 
 MARK = re.compile(r"""
     (?P<wrong> \b(?:wrong|incorrect|other)\s(?:\w+\s)? )?
@@ -502,8 +501,7 @@ def drop_long(processor, examples: list, max_tokens: int, first_requests: dict) 
             longest = max(longest, count_tokens(processor, example, picture))
         if picture is not None and is_resized(processor, *picture.size):
             print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
-    # 2: tokens may merge otherwise where a string stands before the question
-    more = longest - count_tokens(processor, examples[0]) + 2
+    more = longest - count_tokens(processor, examples[0]) + 2   # 2: a string may merge with it
     fit = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
     print(f"{len(fit)} of {len(examples)} prompts fit into {max_tokens} tokens", file=sys.stderr)
     if not fit:

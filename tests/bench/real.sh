@@ -75,5 +75,5 @@ case $what in
         score seed.png "$best" --instruction "Finish with the word Answer: and the number."
         score seed.png "$best" --model runs/real/model-int8
         score seed.png "$best" --engine '{"dtype": "bfloat16"}' ;;
-    *) echo "real.sh: after the task comes nothing or one of the words above" >&2; exit 2 ;;
+    *) echo "real.sh: then nothing, robust or art | lora | soft SEED STEPS" >&2; exit 2 ;;
 esac
