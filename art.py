@@ -582,8 +582,9 @@ def finish_step(config: Config, state: dict, pixels: nn.Module, optimizer, seed_
     with open(Path(config.out, "metrics.jsonl"), "a") as file:
         file.write(json.dumps(metrics) + "\n")
     shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-    seconds = metrics.get("rollout_s", 0) + metrics.get("trainer_s", 0)
-    left = f"{seconds * (config.steps - metrics['step']) / 60:.1f} min left" if seconds else ""
+    seconds = [step["rollout_s"] + step["trainer_s"] for step in state["history"][1:]]
+    minutes = np.median(seconds or [0]) * (config.steps - metrics["step"]) / 60
+    left = f"{minutes:.1f} min left" if seconds else ""
     print(f"step {metrics['step']}/{config.steps}", *shown, left, sep="  ", flush=True)
 
 

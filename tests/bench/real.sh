@@ -2,7 +2,7 @@
 # ART, LoRA and a soft prompt on a real language model behind a small vision tower, and every
 # control, on two cores.
 #   bash tests/bench/real.sh [sums | products]             # three runs an arm, the table, the curve
-#   bash tests/bench/real.sh [sums | products] art|lora|soft SEED STEPS [LEARNING_RATE]  # one run
+#   bash tests/bench/real.sh [sums | products] art|lora|soft SEED STEPS [LR [FLAGS]]     # one run
 #   bash tests/bench/real.sh [sums | products] robust      # then: what the trained image survives
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -27,6 +27,7 @@ case $task in
     *) echo "real.sh: the tasks are sums and products" >&2; exit 2 ;;
 esac
 model model
+model model-144 --tokens 144
 float32='{"dtype": "float32", "enable_prefix_caching": true, "block_size": 32}'
 flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 --max-num-seqs 64
     --engine "$float32" --data "$folder/train.jsonl" --temperature 0.6 --group-size 16
@@ -34,10 +35,11 @@ flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 
 test=(--test "$folder/test.jsonl" --max-new-tokens 24)
 training=("${test[@]}" --prompts 4 --rounds 1 --validate-every 10 --results "$results")
 declare -A lr=([art]=0.1 [lora]=0.0003 [soft]=0.03)
-run() {         # run KIND SEED STEPS [LEARNING_RATE]
-    local name="$1${4:+-$4} $2"
-    train "$1" "${name/ /-}" "${training[@]}" --name "$name" --lr "${4:-${lr[$1]}}" \
-        --random-seed "$2" --steps "$3"
+run() {         # run KIND SEED STEPS [LR [FLAGS of art.py]]
+    local name="$1${4:+-}${*:4}"
+    name=${name//[ \/]/-}
+    train "$1" "$name-$2" "${training[@]}" --name "$name $2" --lr "${4:-${lr[$1]}}" \
+        --random-seed "$2" --steps "$3" "${@:5}"
 }
 table() {
     $python tests/bench/baselines.py table --results "$results"
@@ -49,7 +51,7 @@ case $what in
         rm -f "$results"
         controls
         for seed in 0 1 2; do
-            run art $seed 120
+            run art $seed 160
             run lora $seed 40
             run soft $seed 40
         done
