@@ -582,9 +582,8 @@ def finish_step(config: Config, state: dict, pixels: nn.Module, optimizer, seed_
     with open(Path(config.out, "metrics.jsonl"), "a") as file:
         file.write(json.dumps(metrics) + "\n")
     shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-    seconds = [step["rollout_s"] + step["trainer_s"] for step in state["history"][1:]]
-    minutes = np.median(seconds or [0]) * (config.steps - metrics["step"]) / 60
-    left = f"{minutes:.1f} min left" if seconds else ""
+    times = [step["rollout_s"] + step["trainer_s"] for step in state["history"][1:]]
+    left = f"{np.median(times) / 60 * (config.steps - len(times)):.1f} min left" if times else ""
     print(f"step {metrics['step']}/{config.steps}", *shown, left, sep="  ", flush=True)
 
 
