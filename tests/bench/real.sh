@@ -27,7 +27,6 @@ case $task in
     *) echo "real.sh: the tasks are sums and products" >&2; exit 2 ;;
 esac
 model model
-model model-144 --tokens 144
 float32='{"dtype": "float32", "enable_prefix_caching": true, "block_size": 32}'
 flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 --max-num-seqs 64
     --engine "$float32" --data "$folder/train.jsonl" --temperature 0.6 --group-size 16
