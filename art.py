@@ -8,12 +8,13 @@ is a PNG that any vLLM serves. Method: arXiv 2606.11854, of which no training co
 The method, in the order of this file:
   1. load_seed          the picture to start from
   2. PixelLogits        the only parameter; its sigmoid, rounded to 8 bits, is the image
-  3. rollout            vLLM samples G completions of each prompt, behind the image
+  3. rollout            vLLM samples G completions of each prompt, after the image
   4. group_advantages   rewards relative to those of the other completions of the same prompt
   5. dapo_loss          the clipped surrogate, token by token (DAPO, arXiv 2503.14476)
   6. backward           its gradient, through the frozen model and its vision tower, to the pixels
   7. train              the loop: dynamic sampling, AdamW, validation, best.png
-Not here: KL term (beta = 0 in the paper), DAPO's overlong punishment, value function.
+The tasks, their scores and what loads processor and engine are in eval.py.
+Not here: a KL term (beta = 0 in the paper), DAPO's overlong punishment, a value function.
 """
 
 import io
@@ -23,7 +24,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,9 @@ from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, arm_reques
                   load_processor, model_inputs, open_picture, png_bytes, prepend, render)
 
 
+# Flags --------------------------------------------------------------------------------------------
+
+
 def flag(default, text: str):
     return field(default=default, metadata={"help": text})
 
@@ -50,52 +54,53 @@ def flag(default, text: str):
 class Config:
     """The flags of the command line. Raises InputError for a number out of its range."""
     task: str = field(metadata={"choices": TASKS, "help": "the benchmark to train for"})
-    seed: str | None = flag(None, "the picture to start from; noise if not given")
-    model: str = flag("Qwen/Qwen3.5-0.8B", "hub name or folder")
-    data: str | None = flag(None, "local file of training rows in the benchmark's own schema")
-    out: str | None = flag(None, "folder of the run; runs/TASK if not given")
-    resume: bool = flag(False, "go on with the run in --out, whose flags are given again")
-    # Known from the paper; its effective batch of 32 is taken as prompts * group_size completions
-    size: int = flag(256, "side of the image in pixels: 256 is 64 tokens, the least for Qwen3.5")
-    steps: int = flag(100, "rollout batches, one a step")
+    seed: str | None = flag(None, "the picture to start from; without it, noise")
+    model: str = flag("Qwen/Qwen3.5-0.8B", "the model's name on the hub, or its folder")
+    data: str | None = flag(None, "a local file of training rows in the benchmark's own schema")
+    out: str | None = flag(None, "the folder of the run; without it, runs/TASK")
+    resume: bool = flag(False, "go on with the run in --out, with the same flags")
+    # These values are the paper's. Its effective batch of 32 is taken as prompts * group_size.
+    size: int = flag(256, "the image's side in pixels; 256, or 64 tokens, is the least for Qwen3.5")
+    steps: int = flag(100, "the number of steps; each trains on one batch of rollouts")
     lr: float = flag(0.1, "AdamW's learning rate, constant after the warm-up")
-    warmup: int = flag(5, "steps in which the learning rate rises")
-    group_size: int = flag(8, "completions of each prompt")
-    prompts: int = flag(4, "prompts a step, on each rank")
-    eps_low: float = flag(0.2, "the ratio is clipped below 1 - this")
-    eps_high: float = flag(0.28, "the ratio is clipped above 1 + this")
-    # Not known from the paper, or added to it
-    rounding: bool = flag(True, "of the trained image to 8 bits; the paper: --no-rounding")
-    temperature: float = flag(1.0, "of the rollouts")
-    weight_decay: float = flag(0.0, "AdamW's; any pulls the image to grey")
-    updates: int = flag(1, "of each rollout batch; the clip works from the second on")
-    rounds: int = flag(4, "sampling rounds a step, to replace groups all right or all wrong")
-    weight_cap: float = flag(2.0, "cap of the importance weight pi_trainer / pi_vllm; 0: none")
-    max_new_tokens: int = flag(512, "a completion is cut off there")
-    max_model_len: int = flag(4096, "tokens of prompt and completion; longer prompts are left out")
-    max_num_seqs: int = flag(256, "sequences that vLLM runs at once")
-    tokens_per_microbatch: int = flag(4096, "most in a pass, but for a prompt and one completion")
-    gpu_memory_utilization: float = flag(0.5, "vLLM's share of the GPU; the trainer needs the rest")
-    validation: int = flag(128, "training examples set aside to choose best.png")
-    validate_every: int = flag(10, "steps between validations")
-    random_seed: int = flag(0, "of the order of prompts and of their samples")
+    warmup: int = flag(5, "the number of steps in which the learning rate rises")
+    group_size: int = flag(8, "the number of completions of each prompt")
+    prompts: int = flag(4, "the number of prompts that a step trains on, on each rank")
+    eps_low: float = flag(0.2, "the importance ratio is clipped below 1 - EPS_LOW")
+    eps_high: float = flag(0.28, "the importance ratio is clipped above 1 + EPS_HIGH")
+    # These are not known from the paper, or are added to it.
+    rounding: bool = flag(True, "train the image as rounded to 8 bits; the paper: --no-rounding")
+    temperature: float = flag(1.0, "the temperature of the rollouts")
+    weight_decay: float = flag(0.0, "AdamW's weight decay; any would pull the image to grey")
+    updates: int = flag(1, "updates on each batch of rollouts; the clip works from the second on")
+    oversampling: int = flag(3, "prompts that a sampling round takes for each one still wanted")
+    rounds: int = flag(4, "the most sampling rounds in which a step looks for its groups")
+    weight_cap: float = flag(2.0, "cap of the weight pi_trainer / pi_vllm of a token; 0: no weight")
+    max_new_tokens: int = flag(512, "a completion is cut off after so many tokens")
+    max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
+    max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
+    tokens_per_microbatch: int = flag(12288, "most tokens in one pass of the trainer (README)")
+    gpu_memory_utilization: float = flag(0.4, "vLLM's share of the GPU; the trainer takes the rest")
+    validation: int = flag(128, "training examples that are set aside to choose best.png")
+    validate_every: int = flag(10, "steps from one validation to the next")
+    random_seed: int = flag(0, "random seed of the order of prompts and of the samples")
 
     def __post_init__(self):
         self.out = self.out or f"runs/{self.task}"
+        least_and_most = {"group_size": (2, 10**9), "temperature": (0.01, 100), "size": (1, 4096),
+                          "random_seed": (0, 10**9), "gpu_memory_utilization": (0.01, 1)}
         for item in fields(self):
-            usual = (1, 10**9) if item.type is int else (0, 10**9)          # least and most
-            check_range(item.name, getattr(self, item.name), *RANGES.get(item.name, usual))
-
-
-RANGES = {"group_size": (2, 10**9), "temperature": (0.01, 100), "random_seed": (0, 10**9),
-          "size": (1, 4096)}
+            usual = (1, 10**9) if item.type is int else (0, 10**9)
+            check_range(item.name, getattr(self, item.name),
+                        *least_and_most.get(item.name, usual))
 
 
 # 1. Seed ------------------------------------------------------------------------------------------
 
 
 def load_seed(path: str | None, size: int) -> Tensor:
-    """Any picture as uint8 (3, size, size), cropped and scaled; no path: normal logits, std 0.1."""
+    """Any picture as uint8 (3, size, size), cropped to a square and scaled. Without a path: the
+    image of logits drawn from N(0, 0.1), with 0.1 as the standard deviation."""
     if path is None:
         return (255 * torch.sigmoid(0.1 * torch.randn(3, size, size))).round().to(torch.uint8)
     picture = ImageOps.fit(open_picture(path), (size, size), Image.Resampling.LANCZOS)
@@ -106,30 +111,38 @@ def load_seed(path: str | None, size: int) -> Tensor:
 
 
 class PixelLogits(nn.Module):
-    """The trainable image: float32 logits (3, H, W), at first those of a uint8 seed (3, H, W)."""
+    """The trainable image: float32 logits (3, H, W), at first those of a uint8 seed (3, H, W).
+
+    A parameter of your own takes its place in `train` and `backward` if it is an nn.Module with
+    the two methods `to_image` and `features` (see there). A smaller grid, a border or a bound on
+    the change need only another `forward`.
+    """
 
     def __init__(self, seed: Tensor, rounding: bool = True):
         super().__init__()
-        # X_raw = log(p / (1 - p)), p = seed / 255. 0 and 1 are moved inwards by a quarter of a
-        # level, so that all 256 values survive the round trip.
+        # X_raw = log(p / (1 - p)), p = seed / 255. The values 0 and 1 of p are moved inwards by a
+        # quarter of a level, so that all 256 levels survive the round trip.
         self.logits = nn.Parameter(torch.logit(seed.float() / 255, eps=0.25 / 255))
         self.rounding = rounding
 
     def forward(self) -> Tensor:
-        """The image as float (3, H, W) in [0, 255]. Rounded straight through: it has the 8-bit
-        image's value and the sigmoid's gradient, so that what is trained is what is deployed, to
-        the bit. Without rounding: the continuous image, as in the paper's backward pass."""
+        """The image as float (3, H, W) in [0, 255]. It is rounded straight through: it has the
+        8-bit image's value and the sigmoid's gradient, so that what is trained is what is
+        deployed, to the bit. Without rounding it is the continuous image, as in the paper."""
         image = 255 * torch.sigmoid(self.logits)
         return image + (image.round() - image).detach() if self.rounding else image
 
-    def to_image(self) -> Image.Image:
-        """The 8-bit PIL image: what vLLM sees and what is deployed."""
+    def to_image(self) -> Image.Image | None:
+        """The 8-bit PIL image that vLLM sees and that is deployed. A parameter that is no image,
+        such as LoRA's weights, gives None: prompts then hold no image."""
         levels = self().detach().round().to("cpu", torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
     def features(self, model, processor, prompt: str):
-        """What the frozen vision tower makes of the image, with its graph: the model's processor is
-        differentiable and gives the PNG's values. Some want a text beside it: any prompt does."""
+        """What the frozen vision tower makes of the image, with the graph to the logits, as
+        `model.get_image_features` returns it. The model's own processor is differentiable, and
+        gives a float tensor the values that it gives the PNG. Some processors want a text beside
+        the image, for which any prompt does."""
         image = self()
         check_size(processor, image.shape[2], image.shape[1])
         inputs = model_inputs(processor, prompt, image).to(model.device)
@@ -143,22 +156,35 @@ class PixelLogits(nn.Module):
 
 @dataclass
 class Completion:
-    prompt: str                         # rendered chat template, with its image placeholder
-    prompt_ids: list[int]               # as vLLM ran it, the placeholder expanded
-    ids: list[int]                      # sampled token ids, the end-of-turn token included
-    vllm_logps: list[float]             # vLLM's logprob of each
+    """One answer to a prompt: sampled by `rollout`, or a given text.
+
+    prompt: the rendered chat template, with its placeholder for the image
+    prompt_ids: the prompt's token ids as vLLM ran them, with the placeholder expanded
+    ids: the completion's own token ids, up to and with the end-of-turn token
+    vllm_logps: vLLM's logprob of each of `ids`
+    text: the text of `ids`
+    truncated: whether the token limit ended it
+    score: 1.0 for a right answer, else 0.0; a group is kept if its scores differ
+    reward: what the advantages are made of
+    old_logps: the trainer's logprob of each of `ids` before the first update
+    """
+    prompt: str
+    prompt_ids: list[int]
+    ids: list[int]
+    vllm_logps: list[float]
     text: str
-    truncated: bool = False             # ended by the token limit
-    score: float = 0.0                  # 1 for a right answer
+    truncated: bool = False
+    score: float = 0.0
     reward: float = 0.0
-    old_logps: list[float] | None = None    # the trainer's, before the first update of the batch
+    old_logps: list[float] | None = None
 
 
 def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int, max_new_tokens=512,
             temperature=1.0, random_seeds: list[int] | None = None) -> list[list[Completion]]:
-    """Sample P groups of G = `group_size` Completions of P rendered prompts behind the image. With
-    load_engine's "processed_logprobs", and no top-p or top-k, vLLM's logprobs are the (tempered)
-    policy's. `random_seeds`, one a prompt, make samples independent of what came before."""
+    """Sample P groups of G = `group_size` Completions of P rendered prompts after the image. An
+    engine by `load_engine` gives the logprobs of the policy at this temperature, since top-p and
+    top-k are off. `random_seeds`, one for each prompt, make the samples independent of what the
+    engine sampled before."""
     from vllm import SamplingParams
     images = {"multi_modal_data": {"image": image}} if image else {}
     requests = [{"prompt": prompt, **images} for prompt in prompts]
@@ -174,7 +200,8 @@ def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int,
             logps = [at[token].logprob for token, at in zip(ids, sample.logprobs)]
             group.append(Completion(prompt, output.prompt_token_ids, ids, logps, sample.text,
                                     truncated=sample.finish_reason == "length"))
-        groups.append(sorted(group, key=lambda c: len(c.ids)))      # micro-batches pad little then
+        # Completions of similar length stand together, so that micro-batches pad little.
+        groups.append(sorted(group, key=lambda completion: len(completion.ids)))
     return groups
 
 
@@ -182,8 +209,8 @@ def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int,
 
 
 def group_advantages(rewards: Tensor, eps=1e-4) -> Tensor:
-    """(P, G) rewards -> (P, G) advantages A_ij = (R_ij - mean_i) / (std_i + eps), std as in TRL and
-    verl with Bessel's correction."""
+    """(P, G) rewards -> (P, G) advantages A_ij = (R_ij - mean_i) / (std_i + eps). The standard
+    deviation has Bessel's correction, as in TRL and verl."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + eps)
 
 
@@ -192,13 +219,13 @@ def group_advantages(rewards: Tensor, eps=1e-4) -> Tensor:
 
 def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, eps_low=0.2,
               eps_high=0.28, total_tokens: int | None = None, weight: Tensor | None = None):
-    """The clipped surrogate of DAPO (eq. 8), negated: a scalar, and metrics.
+    """The clipped surrogate of DAPO (its equation 8), negated. Returns a scalar, and metrics.
 
-    logp, old_logp, mask, weight: (N, T), mask true on completion tokens; advantages: (N,) or
-    (N, 1), not (N, T). `weight`: of tokens, pi_trainer / pi_vllm. The sum over tokens is divided
-    by `total_tokens`, those of the whole step (None: of `mask`), so that micro-batches add up: they
-    hold whole completions, but not all of the step. Likewise an objective of sequences (GSPO) sums
-    over N and divides by one number for the whole step, such as prompts * group_size.
+    logp, old_logp, mask, weight: (N, T), mask true on completion tokens
+    advantages: (N,) or (N, 1); another shape raises RuntimeError
+    weight: pi_trainer / pi_vllm of each token, by which its term is multiplied
+    total_tokens: the completion tokens of the whole step, by which the sum over tokens is divided,
+    so that the losses of micro-batches add up; without it, those of `mask`
     """
     advantages, mask = advantages.reshape(len(logp), 1), mask.bool()
     total_tokens = total_tokens or int(mask.sum())
@@ -216,102 +243,145 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
 
 # 6. Backward through the frozen model -------------------------------------------------------------
 #
-#   pixels -> vision tower -> features || -> prompt -> cache || -> its G completions -> loss
-#             once a step              ||    once a group    ||    in micro-batches
+#   pixels -> vision tower -> features -> prompts -> cache -> completions -> logprobs -> loss
 #
-# All sequences share the image, and those of a group their prompt: each is computed once, and the
-# completions run on the prompt's key-value cache, L + G * C tokens a group, not G * (L + C). At ||
-# the graph is cut (`cut_graph`): the gradients of all that follows add up there, and go on once.
+# Every sequence holds the same image, and the completions of a group follow the same prompt. So a
+# micro-batch runs each of its K distinct prompts once, in one batch that is padded on the left, and
+# its N completions on copies of the prompts' key-value cache. That is K * L + N * C tokens in two
+# passes of the language model, where the plain way runs N * (L + C) tokens.
 
 
 def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]],
              advantages: Tensor, loss_function: Callable = dapo_loss, temperature=1.0,
-             weight_cap=2.0, tokens_per_microbatch=4096, total_tokens=None) -> Counter:
-    """Add the gradient of the loss over P groups of G Completions, with advantages (P, G), to the
-    pixels. `total_tokens`: of the whole step, if these groups are a part of it; gradients and the
-    metrics that it returns add up. The first call for a Completion keeps its `old_logps`."""
+             weight_cap=2.0, tokens_per_microbatch=12288, total_tokens=None) -> Counter:
+    """Add the gradient of the loss over P groups of G Completions to that of the pixels.
+
+    advantages: (P, G). total_tokens: the completion tokens of the whole step, if these groups are
+    only a part of it; gradients and the metrics that are returned then add up over the parts.
+    The first call for a Completion keeps the logprobs that it finds as its `old_logps`; `entropy`
+    and `mismatch` are measured by these. Raises ValueError if a group has no row of advantages.
+    """
+    completions = [completion for group in groups for completion in group]
+    if advantages.numel() != len(completions):
+        raise ValueError(f"advantages have the shape {tuple(advantages.shape)}, but the groups "
+                         f"hold {[len(group) for group in groups]} completions")
+    total_tokens = total_tokens or sum(len(c.ids) for c in completions)
     metrics = Counter()
-    device, image = model.device, pixels.to_image()
-    total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
-    features, finish_image = cut_graph(pixels.features(model, processor, groups[0][0].prompt))
-    for group, advantage in zip(groups, advantages.to(device)):         # G completions, (G,)
-        prefix, finish_prefix = cut_graph(run_prompt(model, processor, group[0], image, features))
-        longest = max(len(c.ids) for c in group)        # the prompt's graph is in memory, too
-        room = max(1, (tokens_per_microbatch - len(group[0].prompt_ids)) // max(1, longest))
-        for start in range(0, len(group), room):                                    # micro-batches
-            completions = group[start:start + room]
-            ids = pad([c.ids for c in completions], 0, device)                      # (N, T)
-            mask = pad([[True] * len(c.ids) for c in completions], False, device)   # (N, T)
-            logp = completion_logps(model, prefix, ids, mask, temperature)          # (N, T)
-            for c, row in zip(completions, logp.tolist()):
-                if c.old_logps is None:                 # the first update of a batch: pi_old = pi
-                    c.old_logps = row[:len(c.ids)]
-            old_logp = pad([c.old_logps for c in completions], 0.0, device)
-            vllm_logp = pad([c.vllm_logps for c in completions], 0.0, device)
-            weight = (old_logp - vllm_logp).exp().clamp(max=weight_cap) if weight_cap else None
-            loss, logged = loss_function(logp, old_logp, advantage[start:start + room], mask,
-                                         total_tokens=total_tokens, weight=weight)
-            loss.backward()
-            logged |= {"entropy": -old_logp.sum() / total_tokens,
-                       "mismatch": (old_logp - vllm_logp).abs().sum() / total_tokens}
-            for name, value in logged.items():
-                metrics[name] += torch.as_tensor(value).item()
-        finish_prefix()
-    finish_image()
+    samples = list(zip(completions, advantages.flatten().tolist()))
+    for micro_batch in micro_batches(samples, tokens_per_microbatch):
+        batch = [completion for completion, _ in micro_batch]                   # N of them
+        advantage = torch.tensor([a for _, a in micro_batch], device=model.device)
+        logp, mask = completion_logps(model, processor, pixels, batch, temperature)     # (N, T)
+        for completion, row in zip(batch, logp.tolist()):
+            if completion.old_logps is None:            # in the first update pi_old is pi
+                completion.old_logps = row[:len(completion.ids)]
+        old_logp = pad([c.old_logps for c in batch], 0.0, model.device)
+        vllm_logp = pad([c.vllm_logps for c in batch], 0.0, model.device)
+        weight = (old_logp - vllm_logp).exp().clamp(max=weight_cap) if weight_cap else None
+        loss, logged = loss_function(logp, old_logp, advantage, mask, total_tokens=total_tokens,
+                                     weight=weight)
+        loss.backward()
+        logged["entropy"] = -old_logp.sum() / total_tokens
+        logged["mismatch"] = (old_logp - vllm_logp).abs().sum() / total_tokens
+        for name, value in logged.items():
+            metrics[name] += float(value)
     return metrics
 
 
-def run_prompt(model, processor, completion: Completion, image: Image.Image | None, features):
-    """Image and prompt through the language model: (the attributes of each cache layer, last hidden
-    state (1, 1, hidden)). The model object keeps `rope_deltas`, the offset of positions behind an
-    image, for the completions: they must run before the next prompt does."""
-    inputs = model_inputs(processor, completion.prompt, image).to(model.device)
-    if inputs["input_ids"][0].tolist() != completion.prompt_ids:
-        raise RuntimeError("vLLM and the processor disagree about the prompt's token ids")
-    del inputs["attention_mask"]                        # one unpadded prompt needs none
-    inputs.pop("pixel_values", None)
+def micro_batches(samples: list[tuple[Completion, float]], most_tokens: int) -> Iterator[list]:
+    """Cut (Completion, advantage) pairs, in their order, into lists of at most `most_tokens` tokens
+    with their padding. One pair may have more."""
+    batch = []
+    for sample in samples:
+        longer = [*batch, sample]
+        prompts = {c.prompt: len(c.prompt_ids) for c, _ in longer}      # each prompt runs once
+        longest = max(len(c.ids) for c, _ in longer)
+        tokens = len(prompts) * max(prompts.values()) + len(longer) * longest
+        if batch and tokens > most_tokens:
+            yield batch
+            longer = [sample]
+        batch = longer
+    if batch:
+        yield batch
+
+
+def completion_logps(model, processor, pixels: nn.Module, completions: list[Completion],
+                     temperature=1.0) -> tuple[Tensor, Tensor]:
+    """Logprobs of N Completions of at most T tokens, each after the image and its prompt, with the
+    graph to the pixels. Returns them as (N, T), and the mask (N, T) that is true on the
+    completions' tokens; elsewhere the logprobs are 0. The completions may follow any prompts; each
+    distinct prompt runs once. Raises RuntimeError if their `prompt_ids` are not the processor's."""
+    device, image = model.device, pixels.to_image()
+    prompts = {c.prompt: c.prompt_ids for c in completions}                             # K prompts
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    rows = torch.tensor([row_of[c.prompt] for c in completions], device=device)         # (N,)
+    ids = pad([c.ids for c in completions], 0, device)                                  # (N, T)
+    mask = pad([[True] * len(c.ids) for c in completions], False, device)               # (N, T)
+
+    # The K prompts fill a cache.
+    inputs = prompt_inputs(processor, prompts, image).to(device)
+    features = pixels.features(model, processor, completions[0].prompt)
+    features = tree_map_only(Tensor, lambda x: x.repeat(len(prompts), *[1] * (x.dim() - 1)),
+                             features)                          # the same image for each prompt
     cache = graph_cache(model)
-    states = model.base_model(**inputs, mm_encoder_outputs={"image": features},
+    prefix = model.base_model(**inputs, mm_encoder_outputs={"image": features},
                               past_key_values=cache, use_cache=True)
-    return [vars(layer) for layer in cache.layers], states.last_hidden_state[:, -1:]
+    # Each completion gets a copy of its prompt's part of the cache, and goes on from there.
+    cache.reorder_cache(rows)
+    seen = inputs["attention_mask"]                                                     # (K, L)
+    # A completion starts at the position after its prompt. Models count positions through the
+    # padding, but those with MRoPE leave the padding out and count an image by its side, not by its
+    # tokens: `rope_deltas` (K, 1), which the prompts' pass has left on the model, tell by how much.
+    deltas = getattr(model.base_model, "rope_deltas", None) if image else None
+    start = seen.shape[1] if deltas is None else (seen.sum(1, keepdim=True) + deltas)[rows]
+    # No image is given here, so a sampled image placeholder is an ordinary token, as it is to vLLM.
+    # Attention is causal, so no token sees the padding on the right.
+    suffix = model.base_model(
+        input_ids=ids, past_key_values=cache, use_cache=True,
+        attention_mask=torch.cat([seen[rows], torch.ones_like(ids)], 1),
+        position_ids=start + torch.arange(ids.shape[1], device=device).expand(ids.shape))
+
+    # The state at token t - 1 predicts token t; the prompt's last one predicts the first.
+    states = torch.cat([prefix.last_hidden_state[rows, -1:], suffix.last_hidden_state[:, :-1]], 1)
+    logps = token_logps(states[mask], ids[mask], model.get_output_embeddings(), temperature)
+    return torch.zeros(ids.shape, device=device).masked_scatter(mask, logps), mask
 
 
-def completion_logps(model, prefix, ids: Tensor, mask: Tensor, temperature=1.0) -> Tensor:
-    """Logprobs (N, T) of N completions `ids` (N, T) behind one prompt, on N copies of its cache,
-    through which gradients go back. `mask`: false on their right padding, where they are 0."""
-    def repeat(tensor):                     # without dimensions it is a setting, not a state
-        return tensor.repeat_interleave(len(ids), 0) if tensor.dim() else tensor
-
-    layers, last_state = prefix
-    cache = graph_cache(model)
-    for layer, held in zip(cache.layers, layers):
-        vars(layer).update(tree_map_only(Tensor, repeat, held))
-    # Causal attention cannot see the padding on the right. Without an image in the call, a sampled
-    # image placeholder is an ordinary token, as it is to vLLM.
-    states = model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    # State t - 1 predicts token t.
-    hidden = torch.cat([repeat(last_state), states.last_hidden_state[:, :-1]], dim=1)
-    logps = token_logps(hidden[mask], ids[mask], model.get_output_embeddings(), temperature)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(mask, logps)
+def prompt_inputs(processor, prompts: dict[str, list[int]], image: Image.Image | None):
+    """The processor's tensors of K prompts after the image, padded on the left, without the pixels.
+    Raises RuntimeError if the token ids are not those that `prompts` gives."""
+    images = [[image]] * len(prompts) if image else None
+    inputs = processor(text=list(prompts), images=images, padding=True, padding_side="left",
+                       return_tensors="pt", **TEMPLATED)
+    inputs.pop("pixel_values", None)
+    for ids, seen, expected in zip(inputs["input_ids"], inputs["attention_mask"], prompts.values()):
+        if ids[seen.bool()].tolist() != expected:
+            raise RuntimeError("a completion's prompt_ids, by which vLLM or you made it, are not "
+                               "what the processor makes of its prompt and image")
+    return inputs
 
 
-def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=1.0) -> Tensor:
-    """Logprobs (M,) of `targets` (M,) from hidden states (M, hidden) and the output layer. Kept for
-    backward is only the slope (onehot - p) @ W / temperature: the logits would be gigabytes."""
+def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=1.0,
+                chunk=256) -> Tensor:
+    """Logprobs (M,) of `targets` (M,) by the output layer, from hidden states (M, hidden). The
+    logits of all M tokens would fill gigabytes. So each chunk of rows is differentiated at once,
+    and only the slope of every logprob at its own hidden state is kept. With a vocabulary of
+    248,320 a chunk of 256 rows takes 1 GB."""
     logps, slopes = [], []
-    with torch.no_grad():
-        for h, target in zip(hidden.split(512), targets[:, None].split(512)):
-            logp = (output(h).float() / temperature).log_softmax(-1)        # (512, vocabulary)
-            logps.append(logp.gather(1, target)[:, 0])
-            slope = logp.exp_().neg_()
-            slope.scatter_add_(1, target, torch.ones_like(target, dtype=slope.dtype))
-            slopes.append(slope.to(h.dtype) @ output.weight / temperature)
+    for states, target in zip(hidden.detach().split(chunk), targets.split(chunk)):
+        with torch.enable_grad():
+            logits = output(states.requires_grad_()).float() / temperature      # (chunk, words)
+            logp = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+            slopes += torch.autograd.grad(logp.sum(), states)   # row i depends on state i alone
+        logps.append(logp.detach())
+    # This product has the slopes as its gradient; its value is taken away again.
     linear = (hidden.float() * torch.cat(slopes)).sum(-1)
-    return torch.cat(logps) + (linear - linear.detach())        # the value, and the gradient
+    return torch.cat(logps) + (linear - linear.detach())
 
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
-    """transformers overwrites the recurrent state, which backward still needs: this assigns."""
+    """transformers overwrites the recurrent state in place, which backward still needs. This layer
+    assigns the new state instead."""
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
@@ -330,38 +400,39 @@ def graph_cache(model) -> DynamicCache:
     return cache
 
 
-def cut_graph(tree):
-    """Cut the autograd graph at the tensors of `tree`. Returns (the same tree as the start of a new
-    graph, finish). The gradients of any number of backward passes add up at the cut, in float32;
-    finish() then sends their sum through the old graph, once."""
-    cuts = []
-
-    def cut(tensor):
-        if not tensor.requires_grad:
-            return tensor
-        leaf = tensor.detach().float().requires_grad_()
-        cuts.append((tensor, leaf))
-        return leaf.to(tensor.dtype)
-
-    def finish():
-        reached = [(tensor, leaf) for tensor, leaf in cuts if leaf.grad is not None]
-        torch.autograd.backward([tensor for tensor, _ in reached],
-                                [leaf.grad.to(tensor.dtype) for tensor, leaf in reached])
-
-    return tree_map_only(Tensor, cut, tree), finish
-
-
 def pad(rows: list[list], fill, device) -> Tensor:
     """Lists of different lengths as one tensor (N, T), with `fill` on the right."""
-    width = max(2, *map(len, rows))     # of one token, a model's decoding path overwrites its cache
+    # At a width of one token a model would take its decoding path, which overwrites the cache.
+    width = max(2, *map(len, rows))
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
 
 
 # 7. The loop --------------------------------------------------------------------------------------
-# Under torchrun each rank has an engine, a frozen model and prompts of its own; the gradient is
-# that of the loss over the tokens of all ranks.
+#
+# Each step appends a line to metrics.jsonl:
+#   step                    0 is the seed, of which only the validation is known
+#   reward, score           mean reward and mean strict score of all that was sampled
+#   length, truncated       mean tokens of all that was sampled; the share that the limit cut off
+#   groups, sampled_groups  groups with both right and wrong answers, on which the step trains; all
+#   rounds                  sampling rounds that it took
+#   loss, ratio             of the last update: DAPO's loss, and the mean importance ratio
+#   clip_fraction           of the last update: share of tokens whose gradient is clipped away
+#   entropy                 mean of the trainer's -logp over the tokens that it trains on, in nat
+#   mismatch                mean absolute difference of a token's logprob between trainer and vLLM,
+#                           in nat; it and entropy are measured before the first update
+#   grad_norm, lr           norm of the logits' gradient; learning rate
+#   skipped                 1 if a loss or gradient was not finite, so that an update was left out
+#   moved                   mean absolute difference of image and seed, in 8-bit levels
+#   rollout_s, trainer_s    seconds for sampling and scoring, and for the updates
+#   validation              accuracy on the validation slice, scored as in eval.py; best.png's is
+#                           the largest of several looks, and no test result
+#
+# Under torchrun each rank has an engine, a frozen model and prompts of its own. Only the gradient
+# and the metrics cross: the gradient is that of the loss over the tokens of all ranks.
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+BY_TORCHRUN = distributed.is_torchelastic_launched()
+RANK, LOCAL_RANK = (int(os.environ[name]) if BY_TORCHRUN else 0 for name in ("RANK", "LOCAL_RANK"))
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if BY_TORCHRUN else 1
 
 
 def gather(value) -> list:
@@ -374,10 +445,13 @@ def gather(value) -> list:
 
 def train(config: Config, pixels: nn.Module | None = None, loss_function: Callable | None = None,
           on_step: Callable | None = None, llm=None, model=None):
-    """Train one image as the flags say, into the folder `config.out`. Yours, if given: `pixels` for
-    PixelLogits (without an image, as LoRA, if `to_image` gives None), `loss_function` for
-    dapo_loss, `on_step` that each step's metrics go to, an engine, a model by `load_model`."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """Train one image as the flags say, into the folder `config.out`.
+
+    What you pass takes the place of ours: `pixels` that of PixelLogits, `loss_function` that of
+    dapo_loss, `llm` and `model` those of load_engine and load_model. `on_step(metrics)` is called
+    at the end of each step.
+    """
+    device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)
     task, processor = TASKS[config.task], load_processor(config.model)
     pixels = pixels or PixelLogits(load_seed(config.seed, config.size), config.rounding)
@@ -388,8 +462,7 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
         check_size(processor, *seed_image.size)
     optimizer = torch.optim.AdamW(pixels.parameters(), config.lr, weight_decay=config.weight_decay)
     training, validation = load_examples(config, task, processor, seed_image)
-    data = f"{training} {validation} {seed_image and seed_image.tobytes().hex()}"
-    state = load_state(config, data, pixels, optimizer)
+    state = load_state(config, training, validation, seed_image, pixels, optimizer)
     llm = llm or load_engine(config.model, config.max_model_len, config.max_num_seqs,
                              config.gpu_memory_utilization, config.random_seed)
     model = model or load_model(config.model, device)
@@ -403,30 +476,36 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
                                             config)
             middle = time.time()
             lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, step / config.warmup)
-            metrics |= sampled | update_pixels(model, processor, pixels, optimizer, groups,
-                                               loss_function, config)
-            metrics.update(lr=lr, rollout_s=middle - start, trainer_s=time.time() - middle)
+            updated = update_pixels(model, processor, pixels, optimizer, groups, loss_function,
+                                    config)
+            metrics |= {**sampled, **updated, "lr": lr, "rollout_s": middle - start,
+                        "trainer_s": time.time() - middle}
         if step % config.validate_every == 0 or step == config.steps:
-            results = evaluate(llm, processor, task, validation[RANK::WORLD_SIZE],
-                               pixels.to_image(), config.max_new_tokens)
-            right = sum(gather(sum(result["score"] for result in results)))
-            metrics["validation"] = right / len(validation)
+            metrics["validation"] = validate(llm, processor, task, validation, pixels.to_image(),
+                                             config)
         history.append(metrics)
         if RANK == 0:
-            finish_step(config, state, pixels, optimizer, seed_image)
+            add_pictures(state, pixels.to_image(), seed_image)
+            save_state(config, state, pixels, optimizer)
+            print_step(config, history)
         if on_step:
             on_step(metrics)
 
 
 def sample_groups(llm, processor, task: Task, examples: list[Example], image: Image.Image | None,
                   step: int, config: Config) -> tuple[list[list[Completion]], dict]:
-    """Dynamic sampling: roll out until `config.prompts` groups hold both right and wrong answers,
-    at most `config.rounds` times. Returns those groups, and metrics over all that was sampled, on
-    all ranks. Random seed, rank and step seed prompts and samples, as a resumed run must."""
+    """Dynamic sampling, as in DAPO: groups whose answers are all right or all wrong have no
+    gradient, so more prompts are sampled until `config.prompts` groups hold both, at most
+    `config.rounds` times. A round samples several prompts for each group that is wanted, and the
+    first groups that are drawn are kept, whichever they are. Returns them, and metrics over all
+    that was sampled on all ranks. Prompts and samples depend on the random seed, the rank and the
+    step alone, so that a resumed run draws the same."""
     generator = random.Random(f"{config.random_seed} {RANK} {step}")
-    kept, samples = [], []
-    for _ in range(config.rounds):
-        chosen = generator.sample(examples, config.prompts - len(kept))
+    kept, samples, rounds = [], [], 0
+    while len(kept) < config.prompts and rounds < config.rounds:
+        rounds += 1
+        wanted = config.oversampling * (config.prompts - len(kept))
+        chosen = generator.sample(examples, min(wanted, len(examples)))
         random_seeds = [generator.getrandbits(62) for _ in chosen]
         prompts = [render(processor, prepend(IMAGE, e) if image else e) for e in chosen]
         groups = rollout(llm, prompts, image, config.group_size, config.max_new_tokens,
@@ -437,30 +516,34 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
                 samples.append((c.score, c.reward, len(c.ids), c.truncated))
             if len({c.score for c in group}) > 1:       # by the score, as in DAPO, not the reward
                 kept.append(group)
-        if len(kept) == config.prompts:
-            break
+    kept = kept[:config.prompts]
     samples = sum(gather(samples), [])
-    metrics = dict(zip(("score", "reward", "length", "truncated"), np.mean(samples, 0).tolist()))
-    metrics.update(groups=sum(gather(len(kept))), sampled_groups=len(samples) // config.group_size)
+    means = np.mean(samples, axis=0).tolist()
+    metrics = dict(zip(("score", "reward", "length", "truncated"), means))
+    metrics["groups"] = sum(gather(len(kept)))
+    metrics["sampled_groups"] = len(samples) // config.group_size
+    metrics["rounds"] = max(gather(rounds))
     return kept, metrics
 
 
 def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[list[Completion]],
                   loss_function: Callable, config: Config) -> dict:
-    """`config.updates` steps of AdamW on one batch of groups. Returns metrics; "skipped" is 1 if a
-    loss or gradient was not finite, so that an update was left out; the others are of the last."""
+    """`config.updates` steps of AdamW on one batch of groups. Returns the metrics of the last."""
     total_tokens = sum(gather(sum(len(c.ids) for group in groups for c in group)))
     rewards = torch.tensor([[float(c.reward) for c in group] for group in groups])  # (P, G)
     metrics = Counter()
     for _ in range(config.updates if total_tokens else 0):
         for parameter in pixels.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        ours = {} if not groups else backward(          # a rank without groups adds nothing
-            model, processor, pixels, groups, group_advantages(rewards), loss_function,
-            config.temperature, config.weight_cap, config.tokens_per_microbatch, total_tokens)
+        ours = {}
+        if groups:                                      # a rank without groups adds nothing
+            ours = backward(model, processor, pixels, groups, group_advantages(rewards),
+                            loss_function, config.temperature, config.weight_cap,
+                            config.tokens_per_microbatch, total_tokens)
         metrics = Counter()
-        for part in gather(ours):
-            metrics.update(part)                        # adds
+        for of_a_rank in gather(ours):
+            for name, value in of_a_rank.items():
+                metrics[name] += value
         for parameter in pixels.parameters():
             parameter.grad = sum(gather(parameter.grad.cpu())).to(parameter.device)
         metrics["grad_norm"] = nn.utils.get_total_norm(p.grad for p in pixels.parameters()).item()
@@ -470,7 +553,15 @@ def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[l
     return {**metrics, "skipped": 0}
 
 
-# What the loop needs: model, data, and the run's folder -------------------------------------------
+def validate(llm, processor, task: Task, examples: list[Example], image: Image.Image | None,
+             config: Config) -> float:
+    """Accuracy of greedy answers after the image; each rank asks a part of the questions."""
+    results = evaluate(llm, processor, task, examples[RANK::WORLD_SIZE], image,
+                       config.max_new_tokens)
+    return sum(gather(sum(result["score"] for result in results))) / len(examples)
+
+
+# What the loop needs: model and data --------------------------------------------------------------
 
 
 def load_model(name: str, device: str):
@@ -517,16 +608,24 @@ def load_examples(config: Config, task: Task, processor, image) -> tuple[list, l
     return training, validation
 
 
-# Flags that may change when a run goes on: they do not change what a step computes
+# The run's folder ---------------------------------------------------------------------------------
+# state.pt holds all that a run needs to go on: its settings, the metrics of each step, pixels,
+# optimizer, and the picture files, so that these agree with the rest whenever the run is killed.
+
+# Flags that may change when a run goes on: they do not change what a step computes.
 FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch")
 
 
-def load_state(config: Config, data: str, pixels: nn.Module, optimizer) -> dict:
-    """The state of the run in `config.out`, loaded into pixels and optimizer; a new one where a run
-    begins. `data`: its rows and seed. Raises InputError if it is another run's, or broken."""
+def load_state(config: Config, training: list[Example], validation: list[Example],
+               seed_image: Image.Image | None, pixels: nn.Module, optimizer) -> dict:
+    """The state of the run in `config.out`, or a new one where a run begins. Pixels and optimizer
+    are set to it, and rank 0 writes its files again, of which a kill may have left older ones.
+    Raises InputError if the folder holds another run, or a broken one."""
     folder, path = Path(config.out), Path(config.out, "state.pt")
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
-    settings.update(data_and_seed=key_hash(data), ranks=WORLD_SIZE)
+    seed_bytes = seed_image.tobytes().hex() if seed_image else None
+    settings["data_and_seed"] = key_hash(f"{training} {validation} {seed_bytes}")
+    settings["ranks"] = WORLD_SIZE
     state = {"settings": settings, "history": [], "files": {}}
     with explained(f"--out {folder}: it holds no run", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -541,54 +640,35 @@ def load_state(config: Config, data: str, pixels: nn.Module, optimizer) -> dict:
     if state["history"]:
         pixels.load_state_dict(state["pixels"])
         optimizer.load_state_dict(state["optimizer"])
-        lines = "".join(json.dumps(metrics) + "\n" for metrics in state["history"])
-        if RANK == 0:                                   # a kill may have left older files
+        if RANK == 0:
             print(f"{folder}: goes on after step {state['history'][-1]['step']} of {config.steps}")
+            lines = "".join(json.dumps(metrics) + "\n" for metrics in state["history"])
             for name, content in {**state["files"], "metrics.jsonl": lines.encode()}.items():
                 save(content, folder / name)
     return state
 
 
-def save(data: bytes, path: Path):
-    """Write bytes whole or not at all, also if the program is killed."""
-    unfinished = Path(f"{path}.tmp")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
-
-
-def finish_step(config: Config, state: dict, pixels: nn.Module, optimizer, seed_image):
-    """Save and print the last step of the history. The pictures to look at are a part of the state,
-    so that both agree whenever the run is killed."""
+def add_pictures(state: dict, image: Image.Image | None, seed_image: Image.Image | None):
+    """Put the pictures of the last step into the state's files, and `moved` into its metrics."""
     *earlier, metrics = state["history"]
-    image, files = pixels.to_image(), state["files"]
-    notes = {"step": metrics["step"]}
-    for name, value in state["settings"].items():               # of local paths, the last part
-        notes[name] = Path(str(value)).name if os.path.exists(str(value)) else value
-    if image:
-        metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
-        files["last.png"] = png_bytes(image, notes)
-    if image and "validation" in metrics:
+    files = state["files"]
+    notes = {"step": metrics["step"]}                   # what each PNG says about its making
+    for name, value in state["settings"].items():
+        if value is not None:
+            is_path = os.path.exists(str(value))        # of a local path only the last part is told
+            notes[name] = Path(str(value)).name if is_path else value
+    if image is None:
+        return
+    metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
+    files["last.png"] = png_bytes(image, notes)
+    if "validation" in metrics:
         notes["accuracy"] = metrics["validation"]
         files["panel.png"] = png_bytes(panel(seed_image, image), notes)
-        files["seed.png"] = files.get("seed.png") or png_bytes(seed_image, notes)   # as cropped
+        if "seed.png" not in files:                     # the seed as it was cropped and scaled
+            files["seed.png"] = png_bytes(seed_image, notes)
         # The earlier of two equally good images is kept: it is nearer to the seed.
         if all(metrics["validation"] > before.get("validation", -1) for before in earlier):
             files["best.png"] = png_bytes(image, notes)
-    buffer = io.BytesIO()
-    state.update(pixels=pixels.state_dict(), optimizer=optimizer.state_dict())
-    torch.save(state, buffer)
-    for name, data in {"state.pt": buffer.getvalue(), **files}.items():
-        save(data, Path(config.out, name))
-    with open(Path(config.out, "metrics.jsonl"), "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
-    times = [step["rollout_s"] + step["trainer_s"] for step in state["history"][1:]]
-    left = f"{np.median(times) / 60 * (config.steps - len(times)):.1f} min left" if times else ""
-    print(f"step {metrics['step']}/{config.steps}", *shown, left, sep="  ", flush=True)
-
-
-SHOWN = ("reward", "score", "groups", "length", "entropy", "mismatch", "clip_fraction", "skipped",
-         "moved", "rollout_s", "trainer_s", "validation")
 
 
 def panel(seed: Image.Image, image: Image.Image) -> Image.Image:
@@ -597,14 +677,51 @@ def panel(seed: Image.Image, image: Image.Image) -> Image.Image:
     return Image.fromarray(np.uint8(np.hstack([seed, image, 128 + image - seed]).clip(0, 255)))
 
 
-def main(argv: list[str] | None = None, **seams):
-    """The command line, of `argv` or of the process; `seams` go to `train`."""
+def save_state(config: Config, state: dict, pixels: nn.Module, optimizer):
+    """Write state.pt first, then what can be made from it."""
+    state.update(pixels=pixels.state_dict(), optimizer=optimizer.state_dict())
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    for name, content in {"state.pt": buffer.getvalue(), **state["files"]}.items():
+        save(content, Path(config.out, name))
+    with open(Path(config.out, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(state["history"][-1]) + "\n")
+
+
+def save(content: bytes, path: Path):
+    """Write a file whole or not at all, also if the program is killed."""
+    unfinished = Path(f"{path}.tmp")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+PRINTED = ("reward", "score", "groups", "rounds", "length", "entropy", "mismatch", "clip_fraction",
+           "skipped", "moved", "rollout_s", "trainer_s", "validation")
+
+
+def print_step(config: Config, history: list[dict]):
+    """One line a step, with the minutes that are left if the others take as long as the median."""
+    metrics = history[-1]
+    shown = [f"{name} {metrics[name]:.4g}" for name in PRINTED if name in metrics]
+    times = [step["rollout_s"] + step["trainer_s"] for step in history[1:]]
+    left = f"{np.median(times) / 60 * (config.steps - len(times)):.1f} min left" if times else ""
+    print(f"step {metrics['step']}/{config.steps}", *shown, left, sep="  ", flush=True)
+    if len(times) == 3 and not any(step["groups"] for step in history[1:]):
+        print("three steps have trained on nothing: a group of completions is kept if their scores "
+              "differ, and here all were equal", flush=True)
+
+
+# The command line ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None):
+    """The command line, of `argv` or of the process."""
     parser = HfArgumentParser(Config, prog="art.py", usage="art.py --task TASK [flags]")
     args = parser.parse_args(argv)
     if WORLD_SIZE > 1:
         distributed.init_process_group("gloo")
     try:
-        train(Config(**vars(args)), **seams)
+        train(Config(**vars(args)))
     except (InputError, OSError) as error:
         parser.error(str(error))
     except torch.OutOfMemoryError:

