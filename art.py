@@ -323,23 +323,25 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
     features = pixels.features(model, processor, completions[0].prompt)
     features = tree_map_only(Tensor, lambda x: x.repeat(len(prompts), *[1] * (x.dim() - 1)),
                              features)                          # the same image for each prompt
-    cache = graph_cache(model)
+    # Positions leave the padding out. Models with MRoPE count an image by its side, not by its
+    # tokens: they make the positions of prompts with an image themselves, and keep the difference
+    # (K, 1) as `rope_deltas`.
+    seen, cache = inputs["attention_mask"], graph_cache(model)                          # (K, L)
+    has_mrope = image is not None and hasattr(model.base_model, "rope_deltas")
+    if not has_mrope:
+        inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
     prefix = model.base_model(**inputs, mm_encoder_outputs={"image": features},
                               past_key_values=cache, use_cache=True)
+    start = seen.sum(1, keepdim=True) + (model.base_model.rope_deltas if has_mrope else 0)
+
     # Each completion gets a copy of its prompt's part of the cache, and goes on from there.
     cache.reorder_cache(rows)
-    seen = inputs["attention_mask"]                                                     # (K, L)
-    # A completion starts at the position after its prompt. Models count positions through the
-    # padding, but those with MRoPE leave the padding out and count an image by its side, not by its
-    # tokens: `rope_deltas` (K, 1), which the prompts' pass has left on the model, tell by how much.
-    deltas = getattr(model.base_model, "rope_deltas", None) if image else None
-    start = seen.shape[1] if deltas is None else (seen.sum(1, keepdim=True) + deltas)[rows]
     # No image is given here, so a sampled image placeholder is an ordinary token, as it is to vLLM.
     # Attention is causal, so no token sees the padding on the right.
     suffix = model.base_model(
         input_ids=ids, past_key_values=cache, use_cache=True,
         attention_mask=torch.cat([seen[rows], torch.ones_like(ids)], 1),
-        position_ids=start + torch.arange(ids.shape[1], device=device).expand(ids.shape))
+        position_ids=start[rows] + torch.arange(ids.shape[1], device=device).expand(ids.shape))
 
     # The state at token t - 1 predicts token t; the prompt's last one predicts the first.
     states = torch.cat([prefix.last_hidden_state[rows, -1:], suffix.last_hidden_state[:, :-1]], 1)
@@ -350,14 +352,17 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
 def prompt_inputs(processor, prompts: dict[str, list[int]], image: Image.Image | None):
     """The processor's tensors of K prompts after the image, padded on the left, without the pixels.
     Raises RuntimeError if the token ids are not those that `prompts` gives."""
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:                     # padding needs one; any will do, it is masked
+        tokenizer.pad_token = tokenizer.eos_token
     images = [[image]] * len(prompts) if image else None
     inputs = processor(text=list(prompts), images=images, padding=True, padding_side="left",
                        return_tensors="pt", **TEMPLATED)
     inputs.pop("pixel_values", None)
     for ids, seen, expected in zip(inputs["input_ids"], inputs["attention_mask"], prompts.values()):
         if ids[seen.bool()].tolist() != expected:
-            raise RuntimeError("a completion's prompt_ids, by which vLLM or you made it, are not "
-                               "what the processor makes of its prompt and image")
+            raise RuntimeError("the prompt_ids of a Completion are not those that the processor gives "
+                               "its prompt and image")
     return inputs
 
 

@@ -83,17 +83,33 @@ def test_the_gradient_is_the_slope_of_the_loss(batch, model, processor, seed):
         assert slope == pytest.approx(expected, rel=0.02, abs=1.5e-5)
 
 
-@pytest.mark.parametrize("tokens, passes", [(1, 8), (8192, 2)])
-def test_image_and_prompts_run_once(batch, model, processor, seed, tokens, passes):
-    """One pass of the vision tower a step and of the prompt a group, whatever the micro-batches."""
-    vision = mock.Mock(wraps=model.get_image_features)
-    language = {name: mock.Mock(wraps=getattr(art, name))
-                for name in ("run_prompt", "completion_logps")}
-    with (mock.patch.object(model, "get_image_features", vision),
-          mock.patch.multiple(art, **language)):
+@pytest.mark.parametrize("tokens, parts", [(1, 8), (8192, 1)])
+def test_a_micro_batch_is_two_passes_and_one_image(batch, model, processor, seed, tokens, parts):
+    """The default step is one: its prompts are one pass, all its completions the other."""
+    vision, passes = mock.Mock(wraps=model.get_image_features), []
+    count = model.base_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with mock.patch.object(model, "get_image_features", vision):
         gradient(model, processor, art.PixelLogits(seed), *batch, tokens_per_microbatch=tokens)
-    assert vision.call_count == 1
-    assert [call.call_count for call in language.values()] == [2, passes]
+    count.remove()
+    assert vision.call_count == parts and len(passes) == 2 * parts
+
+
+def test_micro_batches_hold_at_most_so_many_tokens_with_their_padding():
+    """And all completions, in their order; one that has more stands alone."""
+    lengths = [("a", 10), ("a", 30), ("b", 30), ("b", 5), ("c", 900), ("a", 1)]
+    prompts = {"a": [0] * 50, "b": [0] * 70, "c": [0] * 70}
+    samples = [(art.Completion(prompt, prompts[prompt], [1] * tokens, [], ""), 1.0)
+               for prompt, tokens in lengths]
+    # 230: two prompts padded to 70 tokens each and three completions padded to 30 each
+    for most, expected in (9999, [6]), (230, [3, 1, 1, 1]), (229, [2, 2, 1, 1]), (2, [1] * 6):
+        parts = list(art.micro_batches(samples, most))
+        assert sum(parts, []) == samples and [len(part) for part in parts] == expected
+
+
+def test_advantages_of_other_numbers_than_completions_are_refused(batch, model, processor, seed):
+    """Groups that have no row would be left out silently."""
+    with pytest.raises(ValueError, match=r"shape \(1, 4\).* hold \[4, 4\] completions"):
+        art.backward(model, processor, art.PixelLogits(seed), batch[0], batch[1][:1])
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -120,7 +136,7 @@ def test_the_slope_kept_for_each_token_is_autograds(dtype, tolerance, temperatur
 def test_other_token_ids_than_the_processors_are_an_error(batch, model, processor, seed):
     groups = copy.deepcopy(batch[0])
     groups[1][0].prompt_ids[-1] += 1
-    with pytest.raises(RuntimeError, match="disagree about the prompt's token ids"):
+    with pytest.raises(RuntimeError, match="prompt_ids of a Completion are not those"):
         backward(model, processor, art.PixelLogits(seed), (groups, batch[1]))
 
 
@@ -205,45 +221,97 @@ def test_the_clip_works_from_the_second_update(batch, model, processor, seed, to
     assert second["entropy"] == first["entropy"] != after["entropy"]
 
 
-def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeypatch):
-    """Groups are judged by the score, whose rewards may differ in a group that is all wrong; they
-    are refilled with other prompts, and the rounds are bounded."""
+# Dynamic sampling ---------------------------------------------------------------------------------
+
+
+class Shaped(tasks.Task):
+    """Wrong answers have different rewards."""
+
+    def score(self, example, text):
+        return float(text == "right")
+
+    def rewards(self, example, completions):
+        return [1.0 if c.text == "right" else 0.1 * i for i, c in enumerate(completions)]
+
+
+@pytest.fixture
+def sample(monkeypatch):
+    """art.py's sampling of one step: a function of flags that returns (groups, metrics, asked).
+    An example says how many of its four completions are right."""
     asked = []
 
     def rollout(llm, prompts, image, group_size, *others):
-        """An example says how many of its four completions are right."""
         asked.extend(prompts)
         texts = [["right"] * rights + ["wrong"] * (4 - rights) for rights in prompts]
         return [[art.Completion("", [1], [1] * (i + 1), [0.0], text)
                  for i, text in enumerate(row)] for row in texts]
-
-    class Shaped(tasks.Task):
-        def score(self, example, text):
-            return float(text == "right")
-
-        def rewards(self, example, completions):
-            return [1.0 if c.text == "right" else 0.1 * i for i, c in enumerate(completions)]
     monkeypatch.setattr(art, "rollout", rollout)
     monkeypatch.setattr(art, "render", lambda processor, example: example)
-    flags = config("unused", "--task", "gsm8k", "--prompts", 2, "--rounds", 3, "--group-size", 4)
 
-    def sample(step, rights=(0, 4, 0, 2, 1, 3)):
+    def sample(*more, step=1, rights=(0, 4, 0, 2, 1, 3)):
         asked.clear()
-        task = Shaped(None, None)
-        return art.sample_groups(None, None, task, list(rights), None, step, flags)
-    for step in range(20):
-        groups, metrics = sample(step)
-        found = [sum(c.score for c in group) for group in groups]
-        assert found == [rights for rights in asked if rights in (1, 2, 3)]
-        assert len(found) == 2 or (len(found) < 2 and len(asked) > 3)
-        assert metrics["groups"] == len(found) and metrics["sampled_groups"] == len(asked)
-        assert metrics["score"] == pytest.approx(np.mean(asked) / 4)    # of all that was sampled
-        assert metrics["length"] == 2.5 and metrics["truncated"] == 0
-        for group in groups:
-            assert [c.reward for c in group] == Shaped(None, None).rewards(None, group)
-    assert sample(3)[1] == sample(3)[1] != sample(4)[1]
-    groups, metrics = sample(0, [0] * 9)
-    assert groups == [] and metrics["sampled_groups"] == 6
+        flags = config("unused", "--task", "gsm8k", "--prompts", 2, "--rounds", 3, "--group-size",
+                       4, *more)
+        found = art.sample_groups(None, None, Shaped(None, None), list(rights), None, step, flags)
+        return *found, list(asked)
+    return sample
+
+
+def rights(groups):
+    return [sum(c.score for c in group) for group in groups]
+
+
+@pytest.mark.parametrize("oversampling", [1, 2, 3])
+@pytest.mark.parametrize("step", range(10))
+def test_the_first_groups_that_hold_right_and_wrong_are_kept(sample, oversampling, step):
+    """In the order of their drawing, so that no kind of question is preferred, and judged by the
+    score: rewards differ in a group that is all wrong, too."""
+    groups, metrics, asked = sample("--oversampling", oversampling, step=step)
+    varied = [right for right in asked if right in (1, 2, 3)]
+    assert rights(groups) == varied[:2] and metrics["groups"] == len(groups)
+    for group in groups:
+        assert [c.reward for c in group] == Shaped(None, None).rewards(None, group)
+
+
+@pytest.mark.parametrize("oversampling", [1, 2, 3])
+@pytest.mark.parametrize("step", range(10))
+def test_what_was_sampled_is_measured_whole(sample, oversampling, step):
+    """Also the groups that are thrown away."""
+    _, metrics, asked = sample("--oversampling", oversampling, step=step)
+    assert metrics["sampled_groups"] == len(asked)
+    assert metrics["score"] == pytest.approx(np.mean(asked) / 4)
+    assert metrics["length"] == 2.5 and metrics["truncated"] == 0
+
+
+@pytest.mark.parametrize("oversampling, sampled", [(1, 6), (2, 12), (3, 18)])
+def test_rounds_are_bounded_where_nothing_varies(sample, oversampling, sampled):
+    groups, metrics, asked = sample("--oversampling", oversampling, rights=[0] * 99)
+    assert groups == [] and len(asked) == sampled and metrics["rounds"] == 3
+
+
+def test_a_round_samples_for_the_groups_that_are_still_wanted(sample):
+    """Of six prompts in the first round one is varied: three more for the other group."""
+    step = next(step for step in range(99) if len(rights(sample(
+        "--oversampling", 3, "--rounds", 1, step=step, rights=[0] * 20 + [2] * 5)[0])) == 1)
+    _, metrics, asked = sample("--oversampling", 3, "--rounds", 2, step=step,
+                               rights=[0] * 20 + [2] * 5)
+    assert len(asked) == 9 and metrics["rounds"] == 2
+
+
+def test_wide_rounds_need_fewer_of_them(sample):
+    half = [0, 2] * 50
+    rounds = [np.mean([sample("--oversampling", width, step=step, rights=half)[1]["rounds"]
+                       for step in range(40)]) for width in (1, 3)]
+    assert rounds[1] < 1.5 < rounds[0]
+
+
+def test_data_smaller_than_a_wide_round_are_sampled_whole(sample):
+    groups, metrics, asked = sample("--oversampling", 3, rights=[2, 1, 3])
+    assert sorted(asked) == [1, 2, 3] and len(groups) == 2 and metrics["rounds"] == 1
+
+
+def test_a_step_draws_the_same_again_and_another_step_does_not(sample):
+    assert sample(step=3)[2] == sample(step=3)[2] != sample(step=4)[2]
 
 
 def load_examples(examples, validation, prompts=1):

@@ -1,7 +1,7 @@
 """What a step of ART costs, beside LoRA on the same sequences and beside the bare arithmetic.
 
-    .venv/bin/python tests/bench/cost.py                # both tables
-    .venv/bin/python tests/bench/cost.py trainer        # one of them: trainer or engine
+    .venv/bin/python tests/bench/cost.py                # all tables
+    .venv/bin/python tests/bench/cost.py trainer        # one of them: trainer, engine or rounds
 
 The trainer's weights are random: speed and memory do not depend on them. The ways of a table take
 turns, and of each the median of its repetitions counts. Without a GPU a second is one of processor
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import sys
 import time
 import warnings
@@ -34,8 +35,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import art                                                                              # noqa: E402
-from eval import (IMAGE, TASKS, Example, load_engine, load_processor, model_inputs,     # noqa: E402
-                  prepend, render, user_turn)
+from eval import (IMAGE, TASKS, Example, Task, key_hash, load_engine, load_processor,   # noqa: E402
+                  model_inputs, prepend, render, user_turn)
 
 TINY = ROOT / "tests" / "tiny"
 GPU = torch.cuda.is_available()
@@ -70,10 +71,12 @@ def make_model(layers: list[str], vocabulary: int, vision_layers: int, device="c
 
 
 def make_groups(model, processor, prompt_tokens: int, completion_tokens: int, group_size: int,
-                groups=1):
-    """One batch: random pixels, groups of Completions of random tokens behind a prompt of exactly
-    `prompt_tokens`, and random advantages (groups, group_size)."""
+                groups=1, spread=0.0):
+    """One batch: random pixels, groups of Completions of random tokens, and random advantages
+    (groups, group_size). Prompts have `prompt_tokens`, completions `completion_tokens`, both more
+    or less by up to the share `spread`."""
     torch.manual_seed(1)
+    generator = random.Random(1)
     vocabulary = model.config.text_config.vocab_size
     pixels = art.PixelLogits(torch.randint(256, (3, 256, 256), dtype=torch.uint8))
 
@@ -82,56 +85,66 @@ def make_groups(model, processor, prompt_tokens: int, completion_tokens: int, gr
         text = render(processor, prepend(IMAGE, Example("", user_turn("7" * digits), None)))
         return text, model_inputs(processor, text, pixels.to_image())["input_ids"][0].tolist()
 
-    shortest = len(prompt(0)[1])
-    text, prompt_ids = prompt(prompt_tokens - shortest)
-    assert len(prompt_ids) == prompt_tokens, "this tokenizer does not write a digit as a token"
-    batch = []
+    def about(tokens):
+        return round(tokens * generator.uniform(1 - spread, 1 + spread))
+
+    shortest, batch = len(prompt(0)[1]), []
     for _ in range(groups):
-        rows = torch.randint(10, vocabulary, (group_size, completion_tokens)).tolist()
+        length = max(shortest, about(prompt_tokens))
+        text, prompt_ids = prompt(length - shortest)
+        assert len(prompt_ids) == length, "this tokenizer does not write a digit as a token"
+        lengths = sorted(about(completion_tokens) for _ in range(group_size))   # as art.rollout
+        rows = [torch.randint(10, vocabulary, (count,)).tolist() for count in lengths]
         batch.append([art.Completion(text, prompt_ids, ids, [-7.0] * len(ids), "") for ids in rows])
     return pixels.to(model.device), batch, torch.randn(groups, group_size)
 
 
 # The ways: each adds the gradient of one step of DAPO over the groups -----------------------------
+# `size` is that of a micro-batch: tokens for ours, sequences for the others.
 
 
-def ours(model, processor, pixels, groups, advantages, parts=1):
-    """art.py's, each group in so many micro-batches; as the others without importance weights."""
-    first = groups[0][0]
-    tokens = len(first.prompt_ids) + len(groups[0]) // parts * len(first.ids)
+def ours(model, processor, pixels, groups, advantages, size=10**9):
+    """art.py's; as the others without importance weights."""
     for group in groups:
         for completion in group:
             completion.old_logps = None                     # each time a first update
     art.backward(model, processor, pixels, groups, advantages, weight_cap=0,
-                 tokens_per_microbatch=tokens)
+                 tokens_per_microbatch=size)
 
 
-def sequence_loss(model, processor, image, group, advantages, total_tokens: int, **options):
-    """DAPO's loss of completions of one length, each behind its own copy of image and prompt, in
-    one pass of the whole model. `options` go to the model."""
-    inputs = processor(text=[completion.prompt for completion in group],
-                       images=[image] * len(group), return_tensors="pt").to(model.device)
-    ids = torch.tensor([completion.ids for completion in group], device=model.device)
-    ones, zeros = torch.ones_like(ids), torch.zeros_like(ids)
-    for key, tail in ("input_ids", ids), ("attention_mask", ones), ("mm_token_type_ids", zeros):
-        inputs[key] = torch.cat([inputs[key], tail], dim=1)
-    logits = model(**inputs, use_cache=False, **options).logits
-    logits = logits[:, -ids.shape[1] - 1:-1].float()        # state t predicts token t + 1
-    logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    loss, _ = art.dapo_loss(logp, logp.detach(), advantages.to(model.device), ones.bool(),
-                            total_tokens=total_tokens)
-    return loss
+def whole_sequences(model, processor, image, groups, advantages, size: int):
+    """Every sequence brings its own image and prompt, and passes the whole model with `size` - 1
+    others of similar length; the logits of the completions only, as in TRL."""
+    completions = [completion for group in groups for completion in group]
+    samples = list(zip(completions, advantages.flatten().tolist()))
+    samples.sort(key=lambda sample: len(sample[0].prompt_ids) + len(sample[0].ids), reverse=True)
+    total_tokens = sum(len(c.ids) for c in completions)
+    for start in range(0, len(samples), size):
+        batch = [completion for completion, _ in samples[start:start + size]]
+        advantage = torch.tensor([a for _, a in samples[start:start + size]], device=model.device)
+        ids = art.pad([c.ids for c in batch], 0, model.device)
+        mask = art.pad([[True] * len(c.ids) for c in batch], False, model.device)
+        inputs = processor(text=[c.prompt for c in batch], images=[[image()]] * len(batch),
+                           padding=True, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(model.device)
+        zeros = torch.zeros_like(ids)
+        for key, tail in ("input_ids", ids), ("attention_mask", mask), ("mm_token_type_ids", zeros):
+            inputs[key] = torch.cat([inputs[key], tail.to(inputs[key].dtype)], dim=1)
+        logits = model(**inputs, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits
+        # State t - 1 predicts token t.
+        logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        loss, _ = art.dapo_loss(logp, logp.detach(), advantage, mask, total_tokens=total_tokens)
+        loss.backward()
 
 
-def count_tokens(groups) -> int:
-    return sum(len(completion.ids) for group in groups for completion in group)
+def plain(model, processor, pixels, groups, advantages, size=1):
+    """ART as its equations read: nothing is shared, every sequence encodes the image again."""
+    whole_sequences(model, processor, pixels, groups, advantages, size)
 
 
-def plain(model, processor, pixels, groups, advantages):
-    """ART as its equations read: nothing is shared, every sequence encodes the image again, and
-    every token has its logits."""
-    for group, row in zip(groups, advantages):
-        sequence_loss(model, processor, pixels(), group, row, count_tokens(groups)).backward()
+def lora(wrapped, processor, pixels, groups, advantages, size=1):
+    """PEFT's LoRA on the same sequences, as TRL runs it."""
+    whole_sequences(wrapped, processor, pixels.to_image, groups, advantages, size)
 
 
 def lora_config():
@@ -153,20 +166,11 @@ def adapted(model):
         model.requires_grad_(False)
 
 
-def lora(wrapped, processor, pixels, groups, advantages):
-    """Every sequence whole, as in TRL; logits of the completions only."""
-    for group, row in zip(groups, advantages):
-        loss = sequence_loss(wrapped, processor, pixels.to_image(), group, row,
-                             count_tokens(groups), logits_to_keep=len(group[0].ids) + 1)
-        loss.backward()
-
-
 # name: (what prepares the model, what runs on it)
 WAYS = {
+    "ours": (contextlib.nullcontext, ours),
     "plain ART": (contextlib.nullcontext, plain),
     "LoRA": (adapted, lora),
-    "ours": (contextlib.nullcontext, ours),
-    "ours, a quarter at a time": (contextlib.nullcontext, partial(ours, parts=4)),
 }
 
 
@@ -177,13 +181,14 @@ def storages(tree) -> list:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
 
 
-class LiveTensors(TorchDispatchMode):
-    """The most bytes that tensors made inside this block held at once. What an operator holds
-    within itself is not seen."""
-    live = peak = 0
+class Watch(TorchDispatchMode):
+    """Counts the operators that make something, and the most bytes that the tensors made inside
+    this block held at once. What an operator holds within itself is not seen."""
+    operators = live = peak = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
+        self.operators += not operator.is_view
         known = set(map(id, storages((args, kwargs))))      # a view or an in-place result: not new
         for storage in storages(result):
             if id(storage) not in known:
@@ -214,34 +219,54 @@ def seconds(work) -> float:
 def peak_bytes(work) -> int:
     """Bytes that `work` needs beside what is there already, such as the weights."""
     if not GPU:
-        with LiveTensors() as memory:
+        with Watch() as watch:
             work()
-        return memory.peak
+        return watch.peak
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     work()
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure_ways(names, model, processor, batch, repetitions=3) -> dict[str, tuple[float, int]]:
-    """{way: (median seconds, bytes)} of a step. The first turn is for memory, and warms up; a way
-    that runs out of memory is left out."""
-    spent, held = defaultdict(list), {}
-    for repetition in range(repetitions + 1):
-        for name in names if repetition == 0 else list(held):
-            prepare, way = WAYS[name]
-            try:
-                with prepare(model) as ready:
-                    work = partial(way, ready, processor, *batch)
-                    if repetition == 0:
-                        held[name] = peak_bytes(work)
-                    else:
-                        spent[name].append(seconds(work))
-            except torch.OutOfMemoryError:
-                held.pop(name, None)
-                torch.cuda.empty_cache()
-            batch[0].logits.grad = None
-    return {name: (median(spent[name]), held[name]) for name in held}
+def fitting_size(name, work, groups, most_bytes: int) -> int:
+    """The largest micro-batch of a way within so many bytes, or the least that there is. `work`
+    takes groups, advantages and a size."""
+    if name == "ours":
+        tokens = sum(len(g[0].prompt_ids) + len(g) * len(g[-1].ids) for g in groups)
+        whole = peak_bytes(partial(work, groups, torch.ones(len(groups), len(groups[0])), tokens))
+        return max(1, int(tokens * most_bytes / whole))
+    longest = max(sum(groups, []), key=lambda c: len(c.prompt_ids) + len(c.ids))
+    one, two = (peak_bytes(partial(work, [[longest] * n], torch.ones(1, n), n)) for n in (1, 2))
+    return max(1, 1 + int((most_bytes - one) / (two - one)))
+
+
+def measure(name, model, processor, batch, most_bytes: int | None, repetitions=1) -> dict:
+    """One row: a step in the largest micro-batches within `most_bytes` (None: one for all). A way
+    that runs out of memory says so."""
+    pixels, groups, advantages = batch
+    prepare, way = WAYS[name]
+    size = 10**9
+    with prepare(model) as ready:
+        try:
+            if most_bytes is not None:
+                size = fitting_size(name, partial(way, ready, processor, pixels), groups,
+                                    most_bytes)
+            passes = []
+            hook = model.base_model.language_model.register_forward_pre_hook(
+                lambda *_: passes.append(1))
+            work = partial(way, ready, processor, pixels, groups, advantages, size)
+            held = peak_bytes(work)                     # the first turn also warms up
+            hook.remove()
+            with Watch() as watch:
+                work()
+            spent = median(seconds(work) for _ in range(repetitions))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return {"way": name, "passes": "out of memory"}
+        finally:
+            pixels.logits.grad = None
+    return {"way": name, "passes": len(passes), "operators": watch.operators, "seconds": spent,
+            "GB": held / 1e9}
 
 
 def matrix_rate(model, tokens: int) -> float:
@@ -279,21 +304,34 @@ def floor_seconds(model, prompt_tokens: int, completion_tokens: int, group_size:
     return flops / matrix_rate(model, prompt_tokens + sampled)
 
 
-# Table 1: the trainer's pass, every way -----------------------------------------------------------
+# Table 1: the trainer's pass at equal memory, every way -------------------------------------------
+
+
+def trainer_rows(model, processor, shape: str, batch, repetitions: int, budgets=None) -> list[dict]:
+    """A row for each way and each of the `budgets` in bytes. Without budgets: what ours takes for
+    the whole step at once, a half and a quarter of that. Seconds stand beside ours of the same
+    budget."""
+    rows = []
+    if budgets is None:
+        whole = measure("ours", model, processor, batch, None)["GB"] * 1e9
+        budgets = [whole, whole / 2, whole / 4]
+    for budget in budgets:
+        found = [measure(name, model, processor, batch, budget, repetitions) for name in WAYS]
+        for row in found:
+            times = row.get("seconds", float("nan")) / found[0].get("seconds", float("nan"))
+            rows.append({"shape": shape, "within GB": budget / 1e9, **row, "times ours": times})
+    return rows
 
 
 def trainer_table(processor, repetitions: int, group_size: int):
     model, rows = make_model(**TWELFTH), []
     for shape, lengths in SHAPES.items():
-        batch = make_groups(model, processor, *lengths, group_size)
-        found = measure_ways(WAYS, model, processor, batch, repetitions)
-        floor = floor_seconds(model, *lengths, group_size)
-        our_time, our_memory = found["ours"]
-        for name, (took, held) in found.items():
-            rows.append({"shape": shape, "way": name, "seconds": took,
-                         "times ours": took / our_time, "times our floor": took / floor,
-                         "GB": held / 1e9, "GB, times ours": held / our_memory})
-    print(f"\nA twelfth of Qwen3.5-0.8B's layers and vocabulary, one group of {group_size}")
+        batch = make_groups(model, processor, *lengths, group_size, groups=2, spread=0.4)
+        floor = 2 * floor_seconds(model, *lengths, group_size)
+        print(f"{shape}: the bare arithmetic of ours takes {floor:.2f} s", flush=True)
+        rows += trainer_rows(model, processor, shape, batch, repetitions)
+    print(f"\nA twelfth of Qwen3.5-0.8B's layers and vocabulary, two groups of {group_size}, whose "
+          "lengths differ by up to 40 %")
     print(pandas.DataFrame(rows).round(2).to_string(index=False), flush=True)
 
 
@@ -328,20 +366,52 @@ def engine_table(processor, repetitions: int):
     print(pandas.DataFrame(rows).round(2).to_string(index=False))
 
 
+# Table 3: how wide a sampling round is ------------------------------------------------------------
+
+
+def rounds_table(processor, steps: int):
+    """Rounds and seconds of sampling a step, where half of the groups hold right and wrong."""
+    llm = load_engine(str(TINY), 512, 256, gpu_memory_utilization=0.5)
+    image = art.PixelLogits(art.load_seed(str(ROOT / "seed.png"), 256)).to_image()
+    examples = TASKS["gsm8k"].load("train", str(TINY / "gsm8k" / "train.jsonl"))
+
+    def half_hopeless(example, text):
+        """Half of the questions are never answered right; of the others, every second text is."""
+        is_right = key_hash(example.key) < 0.5 and sum(map(ord, text)) % 2
+        return example.target if is_right else None
+
+    task, rows = Task(None, half_hopeless), []
+    for width in (1, 2, 3):
+        config = art.Config("gsm8k", oversampling=width, max_new_tokens=48, max_model_len=512)
+        spent, metrics = [], []
+        for step in range(steps + 1):                       # step 0 warms up
+            start = time.time()
+            _, found = art.sample_groups(llm, processor, task, examples, image, step, config)
+            spent.append(time.time() - start)
+            metrics.append(found)
+        means = pandas.DataFrame(metrics[1:]).mean()
+        rows.append({"width": width, "rounds": means["rounds"], "groups": means["groups"],
+                     "sampled groups": means["sampled_groups"], "seconds": median(spent[1:])})
+    print(f"\nSampling 4 groups of 8 of the tiny model, half of the groups varied, {steps} steps")
+    print(pandas.DataFrame(rows).round(2).to_string(index=False))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", nargs="?", choices=["trainer", "engine"])
+    parser.add_argument("table", nargs="?", choices=["trainer", "engine", "rounds"])
     parser.add_argument("--repetitions", type=int, default=3, help="of each measurement (3)")
     parser.add_argument("--group-size", type=int, default=8, help="of the trainer's table (8)")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     processor = load_processor(str(TINY))
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if args.table != "engine":
+    if args.table in (None, "trainer"):
         trainer_table(processor, args.repetitions, args.group_size)
-    if args.table != "trainer":
+    if args.table in (None, "engine"):
         engine_table(processor, 5 * args.repetitions)
+    if args.table in (None, "rounds"):
+        rounds_table(processor, 10 * args.repetitions)
 
 
 if __name__ == "__main__":

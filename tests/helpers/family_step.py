@@ -40,28 +40,36 @@ def gradient(model, processor, pixels, groups, advantages, **options):
     return pixels.logits.grad.clone()
 
 
+def plain_logps(model, processor, completion, image, causal=False):
+    """Logprobs (T,) of a Completion the slow way: alone, the image (or None) through the whole
+    model, all logits, autograd all through, no cache."""
+    inputs = tasks.model_inputs(processor, completion.prompt, image)
+    start, tail = inputs["input_ids"].shape[1], torch.tensor([completion.ids])
+    if causal:                                          # Gemma 3 marks what attends both ways
+        inputs.pop("token_type_ids", None)
+    longer = {"input_ids": tail, "attention_mask": torch.ones_like(tail),
+              "token_type_ids": torch.zeros_like(tail),
+              "mm_token_type_ids": torch.zeros_like(tail)}
+    for key in set(longer) & set(inputs):
+        inputs[key] = torch.cat([inputs[key], longer[key]], dim=1)
+    if hasattr(model.base_model, "rope_deltas"):        # what an earlier call may have left there
+        model.base_model.rope_deltas = None
+    logits = model(**inputs, use_cache=False).logits[0, start - 1:-1]
+    return logits.log_softmax(-1).gather(1, tail[0, :, None])[:, 0]
+
+
 def plain_gradient(model, processor, pixels, groups, advantages, weight_cap=2.0, causal=False):
-    """(gradient, loss, mean gap to vLLM) the slow way: each sequence alone, pixels through the
-    whole model, all logits, autograd all through. One whose advantage is 0 is left out."""
+    """(gradient, loss, mean gap to vLLM) by `plain_logps`. A completion whose advantage is 0 is
+    left out."""
     total, loss, gaps = sum(len(c.ids) for group in groups for c in group), 0.0, []
-    for group, row in zip(groups, advantages):
-        for completion, advantage in zip(group, row.tolist()):
-            if advantage == 0:
-                continue
-            inputs = tasks.model_inputs(processor, completion.prompt, pixels())
-            start, tail = inputs["input_ids"].shape[1], torch.tensor([completion.ids])
-            if causal:                                  # Gemma 3 marks what attends both ways
-                inputs.pop("token_type_ids", None)
-            longer = {"input_ids": tail, "attention_mask": torch.ones_like(tail),
-                      "token_type_ids": torch.zeros_like(tail),
-                      "mm_token_type_ids": torch.zeros_like(tail)}
-            for key in set(longer) & set(inputs):
-                inputs[key] = torch.cat([inputs[key], longer[key]], dim=1)
-            logits = model(**inputs, use_cache=False).logits[0, start - 1:-1]
-            logp = logits.log_softmax(-1).gather(1, tail[0, :, None])[:, 0]
-            gaps.append(logp.detach() - torch.tensor(completion.vllm_logps))
-            weight = gaps[-1].exp().clamp(max=weight_cap)
-            loss = loss - (weight * advantage * (logp - logp.detach()).exp()).sum() / total
+    completions = [completion for group in groups for completion in group]
+    for completion, advantage in zip(completions, advantages.flatten().tolist(), strict=True):
+        if advantage == 0:
+            continue
+        logp = plain_logps(model, processor, completion, pixels(), causal)
+        gaps.append(logp.detach() - torch.tensor(completion.vllm_logps))
+        weight = gaps[-1].exp().clamp(max=weight_cap)
+        loss = loss - (weight * advantage * (logp - logp.detach()).exp()).sum() / total
     slope, = torch.autograd.grad(loss, pixels.logits)
     return slope, loss.item(), torch.cat(gaps).abs().mean().item()
 
