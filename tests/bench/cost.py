@@ -216,16 +216,15 @@ def seconds(work) -> float:
     return clock() - start
 
 
-def peak_bytes(work) -> int:
-    """Bytes that `work` needs beside what is there already, such as the weights."""
-    if not GPU:
-        with Watch() as watch:
-            work()
-        return watch.peak
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    return torch.cuda.max_memory_allocated() - before
+def peak_bytes(work) -> tuple[int, int]:
+    """(bytes that `work` needs beside what is there already, such as the weights; operators)."""
+    before = torch.cuda.memory_allocated() if GPU else 0
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+    with Watch() as watch:
+        work()
+    held = torch.cuda.max_memory_allocated() - before if GPU else watch.peak
+    return held, watch.operators
 
 
 def fitting_size(name, work, groups, most_bytes: int) -> int:
@@ -233,10 +232,12 @@ def fitting_size(name, work, groups, most_bytes: int) -> int:
     takes groups, advantages and a size."""
     if name == "ours":
         tokens = sum(len(g[0].prompt_ids) + len(g) * len(g[-1].ids) for g in groups)
-        whole = peak_bytes(partial(work, groups, torch.ones(len(groups), len(groups[0])), tokens))
+        whole, _ = peak_bytes(partial(work, groups, torch.ones(len(groups), len(groups[0])),
+                                      tokens))
         return max(1, int(tokens * most_bytes / whole))
     longest = max(sum(groups, []), key=lambda c: len(c.prompt_ids) + len(c.ids))
-    one, two = (peak_bytes(partial(work, [[longest] * n], torch.ones(1, n), n)) for n in (1, 2))
+    one, two = (peak_bytes(partial(work, [[longest] * n], torch.ones(1, n), n))[0]
+                for n in (1, 2))
     return max(1, 1 + int((most_bytes - one) / (two - one)))
 
 
@@ -255,17 +256,15 @@ def measure(name, model, processor, batch, most_bytes: int | None, repetitions=1
             hook = model.base_model.language_model.register_forward_pre_hook(
                 lambda *_: passes.append(1))
             work = partial(way, ready, processor, pixels, groups, advantages, size)
-            held = peak_bytes(work)                     # the first turn also warms up
+            held, operators = peak_bytes(work)          # the first turn also warms up
             hook.remove()
-            with Watch() as watch:
-                work()
             spent = median(seconds(work) for _ in range(repetitions))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return {"way": name, "passes": "out of memory"}
         finally:
             pixels.logits.grad = None
-    return {"way": name, "passes": len(passes), "operators": watch.operators, "seconds": spent,
+    return {"way": name, "passes": len(passes), "operators": operators, "seconds": spent,
             "GB": held / 1e9}
 
 

@@ -21,10 +21,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pandas
 import torch
+from transformers import HfArgumentParser
 
-from cost import (FULL, LINEAR, ROOT, SHAPES, TINY, TWELFTH, WAYS, WHOLE, art, floor_seconds,
-                  make_groups, make_model, measure_ways, ours, plain)
+from cost import (FULL, LINEAR, ROOT, SHAPES, TINY, TWELFTH, WHOLE, art, floor_seconds,
+                  make_groups, make_model, ours, plain, trainer_rows)
 import eval as tasks
 from eval import TASKS
 
@@ -42,10 +44,11 @@ class Size:
     repetitions: int
     gradient: tuple                     # tokens of prompt and completion, group size
     demo_steps: int
+    budgets: list | None                # bytes for each way of `speed`; None: by what ours takes
 
 
-GPU = Size("cuda", WHOLE, SHAPES, 4, 8, 3, (164, 100, 4), 15)
-CPU = Size("cpu", TWELFTH, {"small": (100, 12)}, 1, 2, 1, (90, 12, 2), 2)
+GPU = Size("cuda", WHOLE, SHAPES, 4, 8, 3, (164, 100, 4), 15, [5e9, 10e9, 20e9, 40e9])
+CPU = Size("cpu", TWELFTH, {"small": (100, 12)}, 1, 2, 1, (90, 12, 2), 2, None)
 
 
 def line(*words):
@@ -131,14 +134,11 @@ def gradient(size: Size, shape: str, dtype: str):
             model = make_model(**{**size.model, "layers": layers}, device=size.device)
         model = model.to(torch.bfloat16).to(getattr(torch, dtype))      # both have the same weights
         processor = tasks.load_processor(str(TINY))
-        pixels, groups, advantages = make_groups(model, processor, *size.gradient, groups=2)
-        for group in groups:                            # of different lengths
-            for i, completion in enumerate(group):
-                del completion.ids[-1 - i:], completion.vllm_logps[-1 - i:]
-        alone = [[completion] for group in groups for completion in group]
+        pixels, groups, advantages = make_groups(model, processor, *size.gradient, groups=2,
+                                                 spread=0.1)
         ours(model, processor, pixels, groups, advantages)
         found, pixels.logits.grad = {"ours": pixels.logits.grad}, None
-        plain(model, processor, pixels, alone, advantages.reshape(-1, 1))
+        plain(model, processor, pixels, groups, advantages)         # one sequence at a time
         found["plain"] = pixels.logits.grad
         torch.save(found, OUT / f"{shape}-{dtype}.pt")
         line(f"gradient, {shape}, {dtype}: ours and plain", compared(*found.values()))
@@ -158,42 +158,44 @@ def compare(size: Size):
 
 
 def speed(size: Size):
-    """Seconds and memory of the trainer's pass, every way."""
+    """Seconds, passes and memory of the trainer's step, every way at equal memory."""
     processor = tasks.load_processor(str(TINY))
     dtype = torch.bfloat16 if size is GPU else torch.float32
     model = make_model(**size.model, device=size.device).to(dtype)
     for shape, lengths in size.lengths.items():
-        batch = make_groups(model, processor, *lengths, size.group_size, size.groups)
+        batch = make_groups(model, processor, *lengths, size.group_size, size.groups, spread=0.4)
         with check(f"{shape}, floor"):
             floor = size.groups * floor_seconds(model, *lengths, size.group_size)
             line(f"{shape}: {size.groups} x {size.group_size} completions, prompt and completion "
                  f"{lengths} tokens; ours in bare arithmetic {floor:.3f} s")
-        for way in WAYS:
-            with check(f"{shape}, {way}"):
-                found = measure_ways([way], model, processor, batch, size.repetitions)
-                if way in found:
-                    took, held = found[way]
-                    line(f"{shape}, {way}: {took:.3f} s, {held / 1e9:.2f} GB beside the weights")
-                else:
-                    line(f"{shape}, {way}: out of memory")
+        with check(shape):
+            rows = trainer_rows(model, processor, shape, batch, size.repetitions, size.budgets)
+            line(pandas.DataFrame(rows).round(3).to_string(index=False))
+
+
+FLAGS = ["--task", "gsm8k", "--model", str(TINY), "--max-model-len", "512"]
+
+
+def config(*flags) -> art.Config:
+    """art.py's Config of command line flags."""
+    return HfArgumentParser(art.Config).parse_args_into_dataclasses([*map(str, flags)])[0]
 
 
 def demo(size: Size):
     """tests/demo.sh's training and scores, with one engine for both programs."""
-    flags = ["--task", "gsm8k", "--model", str(TINY), "--max-model-len", "512"]
     folder, data = OUT / "demo", TINY / "gsm8k"
     llm = tasks.load_engine(str(TINY), 512, 64, gpu_memory_utilization=0.5)
-    art.main([*flags, "--seed", str(ROOT / "seed.png"), "--data", str(data / "train.jsonl"),
-              "--out", str(folder), "--steps", str(size.demo_steps), "--prompts", "8",
-              "--validate-every", "5", "--max-new-tokens", "48"], llm=llm)
-    tasks.main([str(folder / "seed.png"), "none", "random", str(folder / "best.png"), *flags,
+    art.train(config(*FLAGS, "--seed", ROOT / "seed.png", "--data", data / "train.jsonl", "--out",
+                     folder, "--steps", size.demo_steps, "--prompts", 8, "--oversampling", 1,
+                     "--validate-every", 5, "--max-new-tokens", 48), llm=llm)
+    tasks.main([str(folder / "seed.png"), "none", "random", str(folder / "best.png"), *FLAGS,
                 "--data", str(data / "test.jsonl"), "--max-new-tokens", "48"], llm=llm)
 
 
 def train(size: Size):
-    """Three steps of art.py. Random weights answer nothing right: every second completion counts as
-    right instead."""
-    folder = OUT / "model"
+    """Three steps of art.py, and how long a sampling round of so many prompts takes. Random weights
+    answer nothing right: every second completion counts as right instead."""
+    folder, data = OUT / "model", TINY / "gsm8k" / "train.jsonl"
     model = make_model(**size.model, device=size.device).to(torch.bfloat16)
     model.save_pretrained(folder)
     del model                           # with its memory, which vLLM needs
@@ -205,11 +207,22 @@ def train(size: Size):
     TASKS["lucky"] = replace(TASKS["gsm8k"], answer=lambda example, text:
                              example.target if next(turns) else None)
     _, tokens = size.lengths.get("GSM8K", (None, 12))
-    art.main(["--task", "lucky", "--model", str(folder), "--seed", str(ROOT / "seed.png"),
-              "--data", str(TINY / "gsm8k" / "train.jsonl"), "--out", str(OUT / "lucky"),
-              "--steps", "3", "--prompts", str(size.groups), "--group-size", str(size.group_size),
-              "--max-new-tokens", str(tokens), "--max-model-len", "1024", "--validation", "8",
-              "--validate-every", "3"])
+    llm = tasks.load_engine(str(folder), 1024, 256, gpu_memory_utilization=0.4)
+    art.train(config("--task", "lucky", "--model", folder, "--seed", ROOT / "seed.png", "--data",
+                     data, "--out", OUT / "lucky", "--steps", 3, "--prompts", size.groups,
+                     "--group-size", size.group_size, "--oversampling", 1, "--max-new-tokens",
+                     tokens, "--max-model-len", 1024, "--validation", 8, "--validate-every", 3),
+              llm=llm)
+    with check("rollout"):
+        processor, image = tasks.load_processor(str(folder)), tasks.random_picture(256, 256)
+        examples = TASKS["gsm8k"].load("train", str(data))
+        for prompts in [size.groups * width for width in (1, 2, 3, 4)]:
+            texts = [tasks.render(processor, tasks.prepend(tasks.IMAGE, example))
+                     for example in examples[:prompts]]
+            start = time.time()
+            art.rollout(llm, texts, image, size.group_size, tokens)
+            line(f"a round of {prompts * size.group_size} sequences of at most {tokens} tokens "
+                 f"takes {time.time() - start:.2f} s")
 
 
 def main():
