@@ -156,14 +156,16 @@ class PixelLogits(nn.Module):
 
 @dataclass
 class Completion:
-    """One answer to a prompt: sampled by `rollout`, or a given text.
+    """One answer to a prompt: sampled by `rollout`, or made of a text by `given_completions`.
 
     prompt: the rendered chat template, with its placeholder for the image
     prompt_ids: the prompt's token ids as vLLM ran them, with the placeholder expanded
     ids: the completion's own token ids, up to and with the end-of-turn token
-    vllm_logps: vLLM's logprob of each of `ids`
+    vllm_logps: vLLM's logprob of each of `ids`; None for a text that vLLM did not sample, whose
+        importance weight is 1
     text: the text of `ids`
     truncated: whether the token limit ended it
+    answer: what `Task.answer` reads in it, or None
     score: 1.0 for a right answer, else 0.0; a group is kept if its scores differ
     reward: what the advantages are made of
     old_logps: the trainer's logprob of each of `ids` before the first update
@@ -171,9 +173,10 @@ class Completion:
     prompt: str
     prompt_ids: list[int]
     ids: list[int]
-    vllm_logps: list[float]
+    vllm_logps: list[float] | None
     text: str
     truncated: bool = False
+    answer: object = None
     score: float = 0.0
     reward: float = 0.0
     old_logps: list[float] | None = None
@@ -205,6 +208,18 @@ def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int,
     return groups
 
 
+def given_completions(processor, prompts: list[str], texts: list[str],
+                      image: Image.Image | None) -> list[Completion]:
+    """Completions of given `texts`, each after the image and its rendered prompt, with the
+    tokenizer's end token: for supervised training, or to ask how likely a text is."""
+    completions = []
+    for prompt, text in zip(prompts, texts, strict=True):
+        prompt_ids = model_inputs(processor, prompt, image)["input_ids"][0].tolist()
+        ids = processor.tokenizer.encode(text + processor.tokenizer.eos_token, **TEMPLATED)
+        completions.append(Completion(prompt, prompt_ids, ids, None, text))
+    return completions
+
+
 # 4. Rewards and advantages ------------------------------------------------------------------------
 
 
@@ -218,7 +233,8 @@ def group_advantages(rewards: Tensor, eps=1e-4) -> Tensor:
 
 
 def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, eps_low=0.2,
-              eps_high=0.28, total_tokens: int | None = None, weight: Tensor | None = None):
+              eps_high=0.28, total_tokens: int | None = None, weight: Tensor | None = None,
+              completions: list[Completion] | None = None) -> tuple[Tensor, dict]:
     """The clipped surrogate of DAPO (its equation 8), negated. Returns a scalar, and metrics.
 
     logp, old_logp, mask, weight: (N, T), mask true on completion tokens
@@ -226,6 +242,7 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
     weight: pi_trainer / pi_vllm of each token, by which its term is multiplied
     total_tokens: the completion tokens of the whole step, by which the sum over tokens is divided,
     so that the losses of micro-batches add up; without it, those of `mask`
+    completions: those of the N rows, for other objectives: DAPO needs no more than the tensors
     """
     advantages, mask = advantages.reshape(len(logp), 1), mask.bool()
     total_tokens = total_tokens or int(mask.sum())
@@ -256,10 +273,14 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
              weight_cap=2.0, tokens_per_microbatch=12288, total_tokens=None) -> Counter:
     """Add the gradient of the loss over P groups of G Completions to that of the pixels.
 
-    advantages: (P, G). total_tokens: the completion tokens of the whole step, if these groups are
-    only a part of it; gradients and the metrics that are returned then add up over the parts.
-    The first call for a Completion keeps the logprobs that it finds as its `old_logps`; `entropy`
-    and `mismatch` are measured by these. Raises ValueError if a group has no row of advantages.
+    advantages: (P, G), one for each completion; other numbers raise ValueError
+    loss_function: takes what dapo_loss takes, but for the clip, of a micro-batch. Returns the loss,
+        and a dict of metrics. Losses and metrics are added up over the micro-batches of a step.
+    total_tokens: the completion tokens of the whole step, if these groups are only a part of it
+
+    Returns the metrics. The first call for a Completion keeps the logprobs that it finds as its
+    `old_logps`. `entropy` and `mismatch` are measured by these, so a Completion that is used again
+    has the first call's: the policy that vLLM sampled, not the one that has been trained since.
     """
     completions = [completion for group in groups for completion in group]
     if advantages.numel() != len(completions):
@@ -276,15 +297,15 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
             if completion.old_logps is None:            # in the first update pi_old is pi
                 completion.old_logps = row[:len(completion.ids)]
         old_logp = pad([c.old_logps for c in batch], 0.0, model.device)
-        vllm_logp = pad([c.vllm_logps for c in batch], 0.0, model.device)
+        vllm_logp = pad([c.vllm_logps or c.old_logps for c in batch], 0.0, model.device)
         weight = (old_logp - vllm_logp).exp().clamp(max=weight_cap) if weight_cap else None
         loss, logged = loss_function(logp, old_logp, advantage, mask, total_tokens=total_tokens,
-                                     weight=weight)
+                                     weight=weight, completions=batch)
         loss.backward()
         logged["entropy"] = -old_logp.sum() / total_tokens
         logged["mismatch"] = (old_logp - vllm_logp).abs().sum() / total_tokens
         for name, value in logged.items():
-            metrics[name] += float(value)
+            metrics[name] += torch.as_tensor(value).item()
     return metrics
 
 
@@ -352,17 +373,16 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
 def prompt_inputs(processor, prompts: dict[str, list[int]], image: Image.Image | None):
     """The processor's tensors of K prompts after the image, padded on the left, without the pixels.
     Raises RuntimeError if the token ids are not those that `prompts` gives."""
-    tokenizer = processor.tokenizer
-    if tokenizer.pad_token is None:                     # padding needs one; any will do, it is masked
-        tokenizer.pad_token = tokenizer.eos_token
+    if processor.tokenizer.pad_token is None:           # any token will do: it is masked
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     images = [[image]] * len(prompts) if image else None
     inputs = processor(text=list(prompts), images=images, padding=True, padding_side="left",
                        return_tensors="pt", **TEMPLATED)
     inputs.pop("pixel_values", None)
     for ids, seen, expected in zip(inputs["input_ids"], inputs["attention_mask"], prompts.values()):
         if ids[seen.bool()].tolist() != expected:
-            raise RuntimeError("the prompt_ids of a Completion are not those that the processor gives "
-                               "its prompt and image")
+            raise RuntimeError("the prompt_ids of a Completion are not those that the processor "
+                               "gives its prompt and image")
     return inputs
 
 
@@ -453,8 +473,9 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
     """Train one image as the flags say, into the folder `config.out`.
 
     What you pass takes the place of ours: `pixels` that of PixelLogits, `loss_function` that of
-    dapo_loss, `llm` and `model` those of load_engine and load_model. `on_step(metrics)` is called
-    at the end of each step.
+    dapo_loss, `llm` and `model` those of load_engine and load_model. At the end of each step, when
+    its files are written, `on_step(metrics, groups)` is called with the step's metrics and the
+    groups that this rank trained on. The run ends after this step if it returns True.
     """
     device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)
@@ -474,7 +495,7 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
 
     history = state["history"]                                  # the metrics of each step
     for step in range(len(history), config.steps + 1):          # step 0 only validates the seed
-        metrics = {"step": step}
+        metrics, groups = {"step": step}, []
         if step > 0:
             start = time.time()
             groups, sampled = sample_groups(llm, processor, task, training, pixels.to_image(), step,
@@ -493,8 +514,8 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
             add_pictures(state, pixels.to_image(), seed_image)
             save_state(config, state, pixels, optimizer)
             print_step(config, history)
-        if on_step:
-            on_step(metrics)
+        if on_step and any(gather(on_step(metrics, groups) is True)):
+            break
 
 
 def sample_groups(llm, processor, task: Task, examples: list[Example], image: Image.Image | None,
@@ -515,10 +536,9 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
         prompts = [render(processor, prepend(IMAGE, e) if image else e) for e in chosen]
         groups = rollout(llm, prompts, image, config.group_size, config.max_new_tokens,
                          config.temperature, random_seeds)
-        for example, group in zip(chosen, groups):
-            for c, reward in zip(group, task.rewards(example, group)):
-                c.score, c.reward = task.score(example, c.text), reward
-                samples.append((c.score, c.reward, len(c.ids), c.truncated))
+        judge_groups(task, chosen, groups)
+        for group in groups:
+            samples += [(c.score, c.reward, len(c.ids), c.truncated) for c in group]
             if len({c.score for c in group}) > 1:       # by the score, as in DAPO, not the reward
                 kept.append(group)
     kept = kept[:config.prompts]
@@ -531,11 +551,23 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
     return kept, metrics
 
 
+def judge_groups(task: Task, examples: list[Example], groups: list[list[Completion]]):
+    """Give each Completion of P groups, of P examples, its answer, score and reward. Each is judged
+    once, and all are judged together."""
+    pairs = [(example, c) for example, group in zip(examples, groups) for c in group]
+    judged = task.judge([example for example, _ in pairs], [c.text for _, c in pairs])
+    for (_, c), (answer, score) in zip(pairs, judged):
+        c.answer, c.score = answer, score
+    for example, group in zip(examples, groups):
+        for c, reward in zip(group, task.rewards(example, group)):
+            c.reward = float(reward)
+
+
 def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[list[Completion]],
                   loss_function: Callable, config: Config) -> dict:
     """`config.updates` steps of AdamW on one batch of groups. Returns the metrics of the last."""
     total_tokens = sum(gather(sum(len(c.ids) for group in groups for c in group)))
-    rewards = torch.tensor([[float(c.reward) for c in group] for group in groups])  # (P, G)
+    rewards = torch.tensor([[c.reward for c in group] for group in groups])         # (P, G)
     metrics = Counter()
     for _ in range(config.updates if total_tokens else 0):
         for parameter in pixels.parameters():

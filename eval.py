@@ -62,20 +62,35 @@ def check_range(name: str, value, low: float, high: float):
 
 @dataclass(frozen=True)
 class Example:
-    key: str                            # rows of one key, of one conversation, never cross a split
-    messages: list[dict]                # chat messages, without the image
-    target: object                      # what `Task.answer` returns for a right answer
+    """One question.
+
+    key: what names it; rows of one key, such as those of one conversation, never cross a split
+    messages: chat messages, without the image; `user_turn` makes those of a plain question
+    target: what `Task.answer` returns for a right answer
+    tools: the tools that the chat template is given
+    """
+    key: str
+    messages: list[dict]
+    target: object
     tools: list[dict] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    example: Callable[[dict], Example]              # row -> Example; an error leaves the row out
-    answer: Callable[[Example, str], object]        # (example, completion) -> its answer, or None
-    reward: Callable[[Example, str], float] | None = None           # for training; None: the score
-    hub: str = ""                                   # "repository file" on the Hugging Face hub
-    paper_answer: Callable[[str], object] | None = None             # by the authors' own rule
-    divide: Callable[[Iterable, str], list[Example]] | None = None  # where the hub has one file
+    """A benchmark: how a row becomes a question, and how a completion is judged. For another way
+    of judging, or other training rewards, override `judge` or `rewards`.
+
+    example: row -> Example; any error that it raises leaves the row out
+    answer: (example, text of a completion) -> the answer that it gives, or None if none is readable
+    hub: "repository file" on the Hugging Face hub
+    paper_answer: text -> the answer by the authors' own rule, reported beside ours
+    divide: (examples, split) -> those of the split, where the hub has one file for all
+    """
+    example: Callable[[dict], Example]
+    answer: Callable[[Example, str], object]
+    hub: str = ""
+    paper_answer: Callable[[str], object] | None = None
+    divide: Callable[[Iterable, str], list[Example]] | None = None
 
     def load(self, split: str, data: str | None = None, limit: int | None = None) -> list[Example]:
         """The Examples of `split`, "train" or "test". A local file `data` is used whole, unless it
@@ -101,13 +116,19 @@ class Task:
             raise InputError(f"--data {path}: no row is usable ({[*errors, 'empty split'][0]}).")
         return examples
 
-    def score(self, example: Example, text: str) -> float:
-        """1.0 if the completion's answer equals the target, else 0.0: strict, what is reported."""
-        return float(self.answer(example, text) == example.target)
+    def judge(self, examples: list[Example], texts: list[str]) -> list[tuple[object, float]]:
+        """(answer, score) of each text, a completion of the example at its place. Strict, and what
+        is reported: 1.0 if the answer equals the target, else 0.0. It is called once for all
+        completions of a sampling round or an arm, so that a subclass may judge them at once, by
+        threads or by a model, or may give graded scores."""
+        answers = [self.answer(example, text) for example, text in zip(examples, texts)]
+        return [(answer, float(answer == example.target))
+                for example, answer in zip(examples, answers)]
 
     def rewards(self, example: Example, completions: list) -> list[float]:
-        """Training rewards of a group of completions, which have a `text`, of one prompt."""
-        return [(self.reward or self.score)(example, c.text) for c in completions]
+        """Training rewards of a group of completions of one example: art.Completions, which have
+        their `text`, `ids`, `answer` and `score` by now. Here the reward is the score."""
+        return [completion.score for completion in completions]
 
 
 HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
@@ -242,10 +263,11 @@ def gpqa_answer(example: Example | None, text: str) -> str | None:
     return letter[1].upper() if letter else None
 
 
-def gpqa_reward(example: Example, text: str) -> float:
-    """1 for the right letter, 0.1 for another one: shaped by us."""
-    answer = gpqa_answer(example, text)
-    return 1.0 if answer == example.target else 0.1 if answer else 0.0
+class Gpqa(Task):
+
+    def rewards(self, example: Example, completions: list) -> list[float]:
+        """1 for the right letter, 0.1 for another one: shaped by us."""
+        return [1.0 if c.score else 0.1 if c.answer else 0.0 for c in completions]
 
 
 def gpqa_halves(examples: Iterable[Example], split: str) -> list[Example]:
@@ -385,13 +407,22 @@ def toolmind_answer(example: Example, text: str) -> Counter | None:
     return None
 
 
-def toolmind_reward(example: Example, text: str) -> float:
-    """1 for the exact calls, 0.3 for the right tools, 0.1 for readable calls: shaped by us."""
-    answer = toolmind_answer(example, text)
-    if not answer or answer == example.target:
-        return float(answer == example.target)
-    names = [sorted(name for name, _ in calls.elements()) for calls in (answer, example.target)]
-    return 0.3 if names[0] == names[1] else 0.1
+def tool_names(calls: Counter) -> list[str]:
+    return sorted(name for name, _ in calls.elements())
+
+
+class ToolMind(Task):
+
+    def rewards(self, example: Example, completions: list) -> list[float]:
+        """1 for the exact calls, 0.3 for the right tools, 0.1 for readable calls: shaped by us."""
+        rewards = []
+        for c in completions:
+            if c.score or not c.answer:
+                rewards.append(c.score)
+            else:
+                same_tools = tool_names(c.answer) == tool_names(example.target)
+                rewards.append(0.3 if same_tools else 0.1)
+        return rewards
 
 
 def toolmind_share(examples: Iterable[Example], split: str) -> list[Example]:
@@ -405,9 +436,9 @@ def toolmind_share(examples: Iterable[Example], split: str) -> list[Example]:
 TASKS = {
     "gsm8k": Task(gsm8k_example, gsm8k_answer, paper_answer=gsm8k_paper_answer,
                   hub="openai/gsm8k main/{split}-00000-of-00001.parquet"),
-    "gpqa": Task(gpqa_example, gpqa_answer, gpqa_reward, divide=gpqa_halves,
+    "gpqa": Gpqa(gpqa_example, gpqa_answer, divide=gpqa_halves,
                  hub="Idavidrein/gpqa gpqa_extended.csv"),
-    "toolmind": Task(toolmind_example, toolmind_answer, toolmind_reward, divide=toolmind_share,
+    "toolmind": ToolMind(toolmind_example, toolmind_answer, divide=toolmind_share,
                      hub="Nanbeige/ToolMind graph_syn_datasets/graphsyn.jsonl"),
 }
 
@@ -683,23 +714,24 @@ def openai_request(example: Example, picture: Image.Image | None) -> dict:
 # Scores -------------------------------------------------------------------------------------------
 
 
-def judge(task: Task, example: Example, reply: tuple) -> dict:
-    """What is kept of a reply."""
-    text, tokens, truncated = reply
-    said = text or ""                                   # a question that failed has no text
-    result = {"key": example.key, "text": text, "tokens": tokens, "truncated": truncated,
-              "failed": text is None, "score": task.score(example, said),
-              "readable": task.answer(example, said) is not None}
-    if task.paper_answer:
-        result["paper_score"] = float(task.paper_answer(said) == example.target)
-    return result
+def judge(task: Task, examples: list[Example], replies: list[tuple]) -> list[dict]:
+    """What is kept of each reply. A question that failed has no text, and counts as wrong."""
+    results = []
+    judged = task.judge(examples, [text or "" for text, _, _ in replies])
+    for example, (text, tokens, truncated), (answer, score) in zip(examples, replies, judged):
+        result = {"key": example.key, "text": text, "tokens": tokens, "truncated": truncated,
+                  "failed": text is None, "score": score, "readable": answer is not None}
+        if task.paper_answer:
+            result["paper_score"] = float(task.paper_answer(text or "") == example.target)
+        results.append(result)
+    return results
 
 
 def evaluate(llm, processor, task: Task, examples, picture, max_new_tokens=512) -> list[dict]:
     """For art.py's validation: greedy completions behind a PIL picture, scored by `judge`."""
     requests = arm_requests(processor, examples, picture)
     replies = ask_engine(llm, processor, requests, {**GREEDY, "max_tokens": max_new_tokens})
-    return [judge(task, example, reply) for example, reply in zip(examples, replies)]
+    return judge(task, examples, replies)
 
 
 def interval(scores: np.ndarray, keys: list[str]) -> tuple[float, float, float]:
@@ -781,7 +813,7 @@ def score_arms(args, llm=None):
         ask = server.ask if server else partial(ask_engine, llm)
         for name, arm in arms.items():
             replies = ask(processor, requests(examples, arm), sampling)
-            results = [judge(task, *pair) for pair in zip(examples, replies)]
+            results = judge(task, examples, replies)
             size = 0 if isinstance(arm, str) else len(png_bytes(arm))
             records[name] = dict(arm=name, bytes=size, settings=vars(args), results=results)
             print(json.dumps(records[name]), file=out, flush=True)

@@ -57,6 +57,11 @@ def config(out, *flags):
     return art.Config(**vars(HfArgumentParser(art.Config).parse_args(argv)))
 
 
+def keep(lines):
+    """art.train's `on_step` that puts the metrics of each step into a list."""
+    return lambda metrics, groups: lines.append(metrics)
+
+
 def eval_main(*flags, llm=None):
     """`python eval.py FLAGS`, with an engine that is there already."""
     return tasks.main([*map(str, flags)], llm=llm)

@@ -45,7 +45,7 @@ def test_the_state_of_the_best_validation_is_kept(monkeypatch, seed):
     def train(config, pixels, llm, model, on_step):
         for step, validation in enumerate([0.2, None, 0.7, 0.7, 0.5]):
             pixels.logits.data.fill_(step)
-            on_step({"step": step} | ({} if validation is None else {"validation": validation}))
+            on_step({"step": step} | ({} if validation is None else {"validation": validation}), [])
     monkeypatch.setattr(art, "train", train)
     history = baselines.train(parameter, None, None, None)
     assert len(history) == 5 and (parameter.logits == 2).all()

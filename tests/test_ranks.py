@@ -35,7 +35,7 @@ blind = lambda: art.RANK == 1 and len(steps) == 2           # steps 0 and 1 are 
 tasks.TASKS["gsm8k"] = dataclasses.replace(
     real, answer=lambda example, text: None if blind() else real.answer(example, text))
 pixels = art.PixelLogits(art.load_seed(config().seed, 256))
-def on_step(metrics):
+def on_step(metrics, groups):
     steps.append(metrics)
     grad = None if pixels.logits.grad is None else pixels.logits.grad.clone()
     kept[metrics["step"]] = pixels.logits.detach().clone(), grad, metrics
@@ -43,7 +43,8 @@ def on_step(metrics):
 art.train(config("--out", whole_run, "--steps", "3"), pixels, None, on_step, llm, model)
 for more in [["--steps", "2"], ["--steps", "3", "--resume"]]:
     steps = [{}] * (3 if "--resume" in more else 0)
-    art.train(config("--out", resumed, *more), None, None, steps.append, llm, model)
+    count = lambda metrics, groups: steps.append(metrics)
+    art.train(config("--out", resumed, *more), None, None, count, llm, model)
     torch.distributed.barrier()                             # rank 0 has written the last step
 torch.distributed.destroy_process_group()
 """

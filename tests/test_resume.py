@@ -72,7 +72,7 @@ def test_metrics_can_be_followed(tmp_path):
     """`tail -f` shows each step as it ends: one file, appended to."""
     followed, lines = [], []
 
-    def follow(metrics):
+    def follow(metrics, groups):
         if not followed:
             followed.append(open(tmp_path / "metrics.jsonl"))
         lines.append(json.loads(followed[0].readline()))

@@ -17,7 +17,7 @@ import vllm
 import art
 import eval as tasks
 import quick_loop
-from conftest import QUICK, ROOT, SEED, TINY, config, data, prompt
+from conftest import QUICK, ROOT, SEED, TINY, config, data, keep, prompt
 from eval import TASKS, Example, InputError
 from family_step import far, fresh, gradient, plain_gradient
 
@@ -227,11 +227,11 @@ def test_the_clip_works_from_the_second_update(batch, model, processor, seed, to
 class Shaped(tasks.Task):
     """Wrong answers have different rewards."""
 
-    def score(self, example, text):
-        return float(text == "right")
+    def judge(self, examples, texts):
+        return [(text, float(text == "right")) for text in texts]
 
     def rewards(self, example, completions):
-        return [1.0 if c.text == "right" else 0.1 * i for i, c in enumerate(completions)]
+        return [1.0 if c.score else 0.1 * i for i, c in enumerate(completions)]
 
 
 @pytest.fixture
@@ -344,7 +344,7 @@ def test_flags_reach_the_optimiser_the_loss_and_the_engine(tmp_path, llm, model)
     lines = []
     with (mock.patch.object(torch.optim, "AdamW", made), mock.patch.multiple(art, **spies),
           mock.patch.object(llm, "generate", generate)):
-        art.train(config(tmp_path / "run", *flags), on_step=lines.append, llm=llm, model=model)
+        art.train(config(tmp_path / "run", *flags), on_step=keep(lines), llm=llm, model=model)
     assert made.call_args.kwargs == {"weight_decay": 0.25}
     sampled = next(call.args[1] for call in generate.call_args_list
                    if isinstance(call.args[1], list))               # not those of a validation
@@ -361,14 +361,14 @@ def test_flags_reach_the_optimiser_the_loss_and_the_engine(tmp_path, llm, model)
 def test_the_other_tasks_train_too(tmp_path, llm, model, task):
     lines = []
     art.train(config(tmp_path, "--task", task, "--seed", SEED, *QUICK, data(task, "train"),
-                     "--steps", 2, "--validation", 16), on_step=lines.append, llm=llm, model=model)
+                     "--steps", 2, "--validation", 16), on_step=keep(lines), llm=llm, model=model)
     assert lines[-1]["groups"] > 0 and lines[-1]["validation"] > 0 and lines[-1]["moved"] > 0
 
 
 def test_each_png_carries_its_task_model_and_settings_without_folders(tmp_path):
     """Each names the step that it shows: seed.png is step 0's, with the seed's own accuracy."""
     lines = []
-    quick_loop.train(tmp_path / "run", "--model", TINY, steps=1, on_step=lines.append)
+    quick_loop.train(tmp_path / "run", "--model", TINY, steps=1, on_step=keep(lines))
     best = max((0, 1), key=lambda step: lines[step]["validation"])
     for name, step in {"seed": 0, "panel": 1, "last": 1, "best": best}.items():
         notes = tasks.Image.open(tmp_path / "run" / f"{name}.png").text

@@ -154,7 +154,7 @@ def train(parameter, llm, model, config: art.Config) -> list[dict]:
     """art.train; leaves `parameter` in the state of the best validation. The steps' metrics."""
     history, best = [], {}
 
-    def on_step(metrics):
+    def on_step(metrics, groups):
         found = metrics.get("validation", -1)
         if found > max((before.get("validation", -1) for before in history), default=-1):
             best.update(copy.deepcopy(parameter.state_dict()))
@@ -181,8 +181,7 @@ def score(name: str, llm, examples, arm, config: art.Config) -> dict:
     replies = tasks.ask_engine(llm, processor, requests,
                                {**tasks.GREEDY, "max_tokens": config.max_new_tokens})
     seconds, results = time.time() - start, []
-    for example, reply in zip(examples, replies):
-        result = tasks.judge(task, example, reply)
+    for example, result in zip(examples, tasks.judge(task, examples, replies)):
         results.append({**result, "holds": holds(example, result["text"])})
     accuracy = np.mean([result["score"] for result in results])
     print(f"{name}: {100 * accuracy:.2f} % of {len(results)}, {seconds:.0f} s", flush=True)

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import ONE_RANK, SEED, config, data                                       # noqa: E402
+from conftest import ONE_RANK, SEED, config, data, keep                                       # noqa: E402
 import art                                                                              # noqa: E402
 import eval as tasks                                                                    # noqa: E402
 from families import FAMILIES, ID, make                                                 # noqa: E402
@@ -91,7 +91,7 @@ def measure(name, folder):
         llm = tasks.load_engine(str(folder / "model"), max_num_seqs=32)
     ENGINES.append(llm)
     update_pixels = mock.Mock(wraps=art.update_pixels)
-    task = replace(tasks.TASKS["gsm8k"], reward=lambda example, text: float(lucky(text)),
+    task = replace(tasks.TASKS["gsm8k"],
                    answer=lambda example, text: example.target if lucky(text) else None)
     flags = ["--task", "gsm8k", "--model", folder / "model", "--data", folder / "train.jsonl",
              "--size", size, "--max-new-tokens", 8]
@@ -99,7 +99,7 @@ def measure(name, folder):
           mock.patch.object(art, "update_pixels", update_pixels)):
         art.train(config(folder / "run", *flags, "--seed", SEED, "--steps", 1, "--prompts", 2,
                          "--group-size", 4, "--validation", 4),
-                  on_step=lines.append, llm=llm, model=model)
+                  on_step=keep(lines), llm=llm, model=model)
 
     groups = update_pixels.call_args.args[4]            # sampled behind the seed
     rewards = torch.tensor([[completion.reward for completion in group] for group in groups])
