@@ -91,20 +91,38 @@ def test_loss_and_gradient_are_trls(trl_trainer, monkeypatch, weighted, parts):
     assert ratio == pytest.approx((logp - old_logp)[mask].exp().mean().item())
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
-def test_masks_of_any_kind_and_advantages_as_a_row_or_a_column(dtype):
-    """What is masked counts for nothing, however large it is."""
+@pytest.fixture
+def rows():
+    """logp, old_logp, advantages (4,) and a mask of four rows of five tokens."""
     torch.manual_seed(0)
-    logp, old, advantages, mask = (torch.randn(4, 5), torch.randn(4, 5), torch.randn(4),
-                                   torch.rand(4, 5) < 0.7)
-    alone = logp[mask], old[mask], advantages[:, None].expand(4, 5)[mask]
-    expected, _ = art.dapo_loss(*(row[:, None] for row in alone), torch.ones(len(alone[0]), 1))
+    return torch.randn(4, 5), torch.randn(4, 5), torch.randn(4), torch.rand(4, 5) < 0.7
+
+
+def loss_of_tokens_alone(logp, old, advantages, mask):
+    """Each token that the mask shows as a row of its own."""
+    rows = logp[mask], old[mask], advantages[:, None].expand(4, 5)[mask], torch.ones(mask.sum())
+    return art.dapo_loss(*(row[:, None] for row in rows))[0].item()
+
+
+def test_what_is_masked_counts_for_nothing_however_large_it_is(rows):
+    logp, old, advantages, mask = rows
+    expected = loss_of_tokens_alone(*rows)
     logp[~mask] = torch.tensor([50.0, -torch.inf]).repeat(10)[:(~mask).sum()]
-    logp.requires_grad_()
-    for column in (advantages, advantages[:, None]):
-        loss, _ = art.dapo_loss(logp, old, column, mask.to(dtype))
-        assert loss.item() == pytest.approx(expected.item())
-        assert torch.autograd.grad(loss, logp)[0].isfinite().all()
+    loss, _ = art.dapo_loss(logp.requires_grad_(), old, advantages, mask)
+    assert loss.item() == pytest.approx(expected)
+    assert torch.autograd.grad(loss, logp)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.float32])
+def test_the_mask_may_be_of_any_kind(rows, dtype):
+    loss, _ = art.dapo_loss(*rows[:3], rows[3].to(dtype))
+    assert loss.item() == pytest.approx(loss_of_tokens_alone(*rows))
+
+
+def test_advantages_may_be_a_column(rows):
+    logp, old, advantages, mask = rows
+    loss, _ = art.dapo_loss(logp, old, advantages[:, None], mask)
+    assert loss.item() == pytest.approx(loss_of_tokens_alone(*rows))
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4, 4), (5,), (1,)])

@@ -148,44 +148,71 @@ def test_a_model_without_a_cache_that_gradients_pass_is_refused(model):
             art.graph_cache(model)
 
 
+# The trainer is the engine ------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def trainer(request, model):
+    return copy.deepcopy(model).to(request.param)
+
+
+def long_prompts(processor, name):
+    """Three prompts of a task: several turns and tools, where it has them."""
+    examples = TASKS[name].load("train", data(name, "train"))
+    return [prompt(processor, example) for example in sorted(examples, key=str)[-3:]]
+
+
+def agreement(llm, processor, trainer, seed, prompts, max_new_tokens=48):
+    """What was sampled of the prompts, what art.py measures on it, and the pixels."""
+    pixels = art.PixelLogits(seed)
+    groups = art.rollout(llm, prompts, pixels.to_image(), 4, max_new_tokens,
+                         random_seeds=[0, 1, 2])
+    advantages = torch.ones(3, 4)
+    metrics, _ = backward(trainer, processor, pixels, (groups, advantages))
+    return [completion for group in groups for completion in group], metrics, pixels
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_trainer_is_the_engine(llm, processor, trainer, seed, name):
+    """The same logprobs of the same policy, so that with one update the clip is idle."""
+    _, metrics, pixels = agreement(llm, processor, trainer, seed, long_prompts(processor, name))
+    assert 0 < metrics["mismatch"] < 0.01
+    assert metrics["clip_fraction"] == 0 and metrics["ratio"] == pytest.approx(1)
+    assert torch.isfinite(pixels.logits.grad).all()
+
+
+def test_the_entropy_is_that_of_what_was_sampled(llm, processor, model, seed):
+    sampled, metrics, _ = agreement(llm, processor, model, seed, long_prompts(processor, "gsm8k"))
+    logps = [logp for completion in sampled for logp in completion.vllm_logps]
+    assert metrics["entropy"] == pytest.approx(-np.mean(logps), abs=metrics["mismatch"])
+
+
+def test_completions_that_were_cut_off_agree_too(llm, processor, trainer, seed):
+    sampled, metrics, _ = agreement(llm, processor, trainer, seed,
+                                    long_prompts(processor, "gsm8k"), max_new_tokens=5)
+    assert any(c.truncated for c in sampled)
+    assert all(len(c.ids) == 5 if c.truncated else len(c.ids) <= 5 for c in sampled)
+    assert 0 < metrics["mismatch"] < 0.01
+
+
 ODD = ["<|image_pad|>", "<|endoftext|>", "<|im_end|>", "<|vision_start|>", "7"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["sums", "choices", "tool calls", "cut short", "odd tokens"])
-def test_the_trainer_is_the_engine(llm, processor, model, seed, kind, dtype, monkeypatch):
-    """Whatever the prompt (several turns, tools) and whatever was sampled: cut at the limit; image
-    placeholders, which are ordinary tokens there, and ends of text in the middle."""
-    name = {"choices": "gpqa", "tool calls": "toolmind"}.get(kind, "gsm8k")
-    examples = TASKS[name].load("train", data(name, "train"))
-    examples = sorted(examples, key=lambda example: len(str(example)))[-3:]
-    assert name != "toolmind" or all(len(e.messages) > 1 and e.tools for e in examples)
-    trainer, pixels = copy.deepcopy(model).to(dtype), art.PixelLogits(seed)
+def test_odd_tokens_agree_too(llm, processor, trainer, seed, monkeypatch):
+    """Image placeholders, which are ordinary tokens once sampled, and ends of text in the middle.
+    Engine and trainer know no others here."""
     allowed = processor.tokenizer.convert_tokens_to_ids(ODD)
-    if kind == "odd tokens":                            # engine and trainer know no others
-        odd = partial(vllm.SamplingParams, allowed_token_ids=allowed, ignore_eos=True)
-        monkeypatch.setattr(vllm, "SamplingParams", odd)
-        output = trainer.get_output_embeddings()
-        others = [token for token in range(len(output.weight)) if token not in allowed]
-        output.register_forward_hook(
-            lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(others), -torch.inf))
-    prompts = [prompt(processor, example) for example in examples]
-    groups = art.rollout(llm, prompts, pixels.to_image(), 4, 5 if kind == "cut short" else 48,
-                         random_seeds=[0, 1, 2])
-    completions = [completion for group in groups for completion in group]
-    if kind == "cut short":
-        assert all(len(c.ids) == 5 if c.truncated else len(c.ids) <= 5 for c in completions)
-        assert any(c.truncated for c in completions)
-    if kind == "odd tokens":
-        assert all(set(allowed) >= set(c.ids) and len(c.ids) == 48 for c in completions)
-    metrics, _ = backward(trainer, processor, pixels, (groups, torch.ones(3, 4)))
-    # The engine computes in bfloat16, whose step at the odd tokens' logits of about 16 is 1/8.
-    assert 0 < metrics["mismatch"] < (0.1 if kind == "odd tokens" else 0.01)
-    assert metrics["clip_fraction"] == 0                        # one update: the clip is idle
-    assert metrics["ratio"] == pytest.approx(1)
-    assert torch.isfinite(pixels.logits.grad).all()
-    sampled = [logp for completion in completions for logp in completion.vllm_logps]
-    assert metrics["entropy"] == pytest.approx(-np.mean(sampled), abs=metrics["mismatch"])
+    odd = partial(vllm.SamplingParams, allowed_token_ids=allowed, ignore_eos=True)
+    monkeypatch.setattr(vllm, "SamplingParams", odd)
+    output = trainer.get_output_embeddings()
+    others = [token for token in range(len(output.weight)) if token not in allowed]
+    output.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(others), -torch.inf))
+    sampled, metrics, _ = agreement(llm, processor, trainer, seed,
+                                    long_prompts(processor, "gsm8k"))
+    assert all(set(allowed) >= set(c.ids) and len(c.ids) == 48 for c in sampled)
+    # The engine computes in bfloat16, whose step at these logits of about 16 is 1/8.
+    assert 0 < metrics["mismatch"] < 0.1
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
