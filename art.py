@@ -54,11 +54,11 @@ def flag(default, text: str):
 class Config:
     """The flags of the command line. Raises InputError for a number out of its range."""
     task: str = field(metadata={"choices": TASKS, "help": "the benchmark to train for"})
-    seed: str | None = flag(None, "the picture to start from; without it, noise")
+    seed: str | None = flag(None, "the picture to start from, else noise; a number is --random-seed")
     model: str = flag("Qwen/Qwen3.5-0.8B", "the model's name on the hub, or its folder")
     data: str | None = flag(None, "a local file of training rows in the benchmark's own schema")
     out: str | None = flag(None, "the folder of the run; without it, runs/TASK")
-    resume: bool = flag(False, "go on with the run in --out, with the same flags")
+    resume: bool = flag(False, "go on with the run in --out; give the same flags again")
     # These values are the paper's. Its effective batch of 32 is taken as prompts * group_size.
     size: int = flag(256, "the image's side in pixels; 256, or 64 tokens, is the least for Qwen3.5")
     steps: int = flag(100, "the number of steps; each trains on one batch of rollouts")
@@ -75,15 +75,15 @@ class Config:
     updates: int = flag(1, "updates on each batch of rollouts; the clip works from the second on")
     oversampling: int = flag(3, "prompts that a sampling round takes for each one still wanted")
     rounds: int = flag(4, "the most sampling rounds in which a step looks for its groups")
-    weight_cap: float = flag(2.0, "cap of the weight pi_trainer / pi_vllm of a token; 0: no weight")
+    weight_cap: float = flag(2.0, "a token's weight is min(pi_old / pi_vllm, WEIGHT_CAP); 0: it is 1")
     max_new_tokens: int = flag(512, "a completion is cut off after so many tokens")
     max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
     max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
-    tokens_per_microbatch: int = flag(12288, "most tokens in one pass of the trainer (README)")
+    tokens_per_microbatch: int = flag(12288, "most tokens of a micro-batch, which sets the memory")
     gpu_memory_utilization: float = flag(0.4, "vLLM's share of the GPU; the trainer takes the rest")
     validation: int = flag(128, "training examples that are set aside to choose best.png")
     validate_every: int = flag(10, "steps from one validation to the next")
-    random_seed: int = flag(0, "random seed of the order of prompts and of the samples")
+    random_seed: int = flag(0, "seeds the choice of prompts, the samples, and the noise")
 
     def __post_init__(self):
         self.out = self.out or f"runs/{self.task}"
@@ -142,7 +142,7 @@ class PixelLogits(nn.Module):
         """What the frozen vision tower makes of the image, with the graph to the logits, as
         `model.get_image_features` returns it. The model's own processor is differentiable, and
         gives a float tensor the values that it gives the PNG. Some processors want a text beside
-        the image, for which any prompt does."""
+        the image, for which any prompt does. A parameter without an image returns None."""
         image = self()
         check_size(processor, image.shape[2], image.shape[1])
         inputs = model_inputs(processor, prompt, image).to(model.device)
@@ -184,10 +184,10 @@ class Completion:
 
 def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int, max_new_tokens=512,
             temperature=1.0, random_seeds: list[int] | None = None) -> list[list[Completion]]:
-    """Sample P groups of G = `group_size` Completions of P rendered prompts after the image. An
-    engine by `load_engine` gives the logprobs of the policy at this temperature, since top-p and
-    top-k are off. `random_seeds`, one for each prompt, make the samples independent of what the
-    engine sampled before."""
+    """Sample P groups of G = `group_size` Completions of P rendered prompts after the image.
+    `random_seeds`, one for each prompt, make the samples independent of what the engine sampled
+    before. The engine needs logprobs_mode="processed_logprobs", as load_engine sets it: vLLM's
+    default is the logprobs before division by the temperature."""
     from vllm import SamplingParams
     images = {"multi_modal_data": {"image": image}} if image else {}
     requests = [{"prompt": prompt, **images} for prompt in prompts]
@@ -238,8 +238,9 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
     """The clipped surrogate of DAPO (its equation 8), negated. Returns a scalar, and metrics.
 
     logp, old_logp, mask, weight: (N, T), mask true on completion tokens
-    advantages: (N,) or (N, 1); another shape raises RuntimeError
-    weight: pi_trainer / pi_vllm of each token, by which its term is multiplied
+    advantages: (N,) or (N, 1); another number of them raises RuntimeError
+    weight: min(pi_old / pi_vllm, cap) of each token, a constant factor of its term: truncated
+        importance sampling, since engine and trainer compute differently
     total_tokens: the completion tokens of the whole step, by which the sum over tokens is divided,
     so that the losses of micro-batches add up; without it, those of `mask`
     completions: those of the N rows, for other objectives: DAPO needs no more than the tensors
@@ -262,33 +263,35 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
 #
 #   pixels -> vision tower -> features -> prompts -> cache -> completions -> logprobs -> loss
 #
-# Every sequence holds the same image, and the completions of a group follow the same prompt. So a
-# micro-batch runs each of its K distinct prompts once, in one batch that is padded on the left, and
-# its N completions on copies of the prompts' key-value cache. That is K * L + N * C tokens in two
-# passes of the language model, where the plain way runs N * (L + C) tokens.
+# A step has P groups of G completions. A micro-batch of it has N completions of at most T tokens,
+# which follow K distinct prompts of at most L tokens, the image's included. The prompts run once,
+# in one batch that is padded on the left. Their cache (keys and values, or the states of linear
+# attention) is copied for each completion, and the completions run on it. Two passes of
+# K * L + N * T tokens take the place of one of N * (L + T).
 
 
 def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]],
-             advantages: Tensor, loss_function: Callable = dapo_loss, temperature=1.0,
+             advantages: Tensor | list, loss_function: Callable = dapo_loss, temperature=1.0,
              weight_cap=2.0, tokens_per_microbatch=12288, total_tokens=None) -> Counter:
     """Add the gradient of the loss over P groups of G Completions to that of the pixels.
 
-    advantages: (P, G), one for each completion; other numbers raise ValueError
-    loss_function: takes what dapo_loss takes, but for the clip, of a micro-batch. Returns the loss,
-        and a dict of metrics. Losses and metrics are added up over the micro-batches of a step.
+    advantages: (P, G), or a list of P rows. Raises ValueError unless each completion has one.
+    loss_function: is called for each micro-batch as dapo_loss is below, without eps_low and
+        eps_high. It returns a scalar and a dict of metrics, both divided by `total_tokens` or by
+        another number of the whole step, for they are added up over micro-batches and ranks.
     total_tokens: the completion tokens of the whole step, if these groups are only a part of it
 
-    Returns the metrics. The first call for a Completion keeps the logprobs that it finds as its
-    `old_logps`. `entropy` and `mismatch` are measured by these, so a Completion that is used again
-    has the first call's: the policy that vLLM sampled, not the one that has been trained since.
+    Returns the metrics. The first call stores the trainer's logprobs in each Completion as its
+    `old_logps`, and later calls use these again. So `entropy` and `mismatch` always describe the
+    policy that vLLM sampled from, not one that has been trained since.
     """
-    completions = [completion for group in groups for completion in group]
-    if advantages.numel() != len(completions):
-        raise ValueError(f"advantages have the shape {tuple(advantages.shape)}, but the groups "
-                         f"hold {[len(group) for group in groups]} completions")
-    total_tokens = total_tokens or sum(len(c.ids) for c in completions)
+    rows, sizes = [len(row) for row in advantages], [len(group) for group in groups]
+    if rows != sizes:
+        raise ValueError(f"the groups hold {sizes} completions, but the advantages' rows {rows}")
+    total_tokens = total_tokens or sum(len(c.ids) for group in groups for c in group)
     metrics = Counter()
-    samples = list(zip(completions, advantages.flatten().tolist()))
+    samples = [(completion, float(advantage)) for group, row in zip(groups, advantages)
+               for completion, advantage in zip(group, row)]
     for micro_batch in micro_batches(samples, tokens_per_microbatch):
         batch = [completion for completion, _ in micro_batch]                   # N of them
         advantage = torch.tensor([a for _, a in micro_batch], device=model.device)
@@ -310,8 +313,8 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
 
 
 def micro_batches(samples: list[tuple[Completion, float]], most_tokens: int) -> Iterator[list]:
-    """Cut (Completion, advantage) pairs, in their order, into lists of at most `most_tokens` tokens
-    with their padding. One pair may have more."""
+    """Cut (Completion, advantage) pairs, in their order, into lists of at most `most_tokens`
+    tokens, the padding included: K * L + N * T. A pair that is longer is a list of its own."""
     batch = []
     for sample in samples:
         longer = [*batch, sample]
@@ -342,12 +345,15 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
     # The K prompts fill a cache.
     inputs = prompt_inputs(processor, prompts, image).to(device)
     features = pixels.features(model, processor, completions[0].prompt)
+    # Dimension 0 of each tensor counts images or their tokens. Each prompt has the same image.
     features = tree_map_only(Tensor, lambda x: x.repeat(len(prompts), *[1] * (x.dim() - 1)),
-                             features)                          # the same image for each prompt
-    # Positions leave the padding out. Models with MRoPE count an image by its side, not by its
-    # tokens: they make the positions of prompts with an image themselves, and keep the difference
-    # (K, 1) as `rope_deltas`.
-    seen, cache = inputs["attention_mask"], graph_cache(model)                          # (K, L)
+                             features)
+    # A token's position is the number of tokens before it, without the padding. Not so with MRoPE,
+    # where an image of h x w tokens counts as max(h, w) positions. Such a model computes the
+    # positions of prompts with an image itself. It leaves in `rope_deltas` (K, 1) what has to be
+    # added to the number of a prompt's tokens to get `start` (K, 1), the position after it.
+    seen = inputs["attention_mask"]                                 # (K, L), 0 on the padding
+    cache = graph_cache(model)
     has_mrope = image is not None and hasattr(model.base_model, "rope_deltas")
     if not has_mrope:
         inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
@@ -388,18 +394,21 @@ def prompt_inputs(processor, prompts: dict[str, list[int]], image: Image.Image |
 
 def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=1.0,
                 chunk=256) -> Tensor:
-    """Logprobs (M,) of `targets` (M,) by the output layer, from hidden states (M, hidden). The
-    logits of all M tokens would fill gigabytes. So each chunk of rows is differentiated at once,
-    and only the slope of every logprob at its own hidden state is kept. With a vocabulary of
-    248,320 a chunk of 256 rows takes 1 GB."""
+    """Logprobs (M,), float32, of the tokens `targets` (M,) by the output layer `output`, from the
+    hidden states (M, hidden) that enter it. The graph goes to `hidden`, not to the layer's weights.
+
+    The logits of all M tokens would fill gigabytes, so no graph goes through them. Instead the
+    slope of each logprob, its gradient with respect to its own hidden state, is computed chunk by
+    chunk, and the logits are freed. With a vocabulary of 248,320 a chunk of 256 rows takes 1 GB.
+    """
     logps, slopes = [], []
     for states, target in zip(hidden.detach().split(chunk), targets.split(chunk)):
         with torch.enable_grad():
-            logits = output(states.requires_grad_()).float() / temperature      # (chunk, words)
+            logits = output(states.requires_grad_()).float() / temperature      # (chunk, V)
             logp = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
             slopes += torch.autograd.grad(logp.sum(), states)   # row i depends on state i alone
         logps.append(logp.detach())
-    # This product has the slopes as its gradient; its value is taken away again.
+    # The gradient of `linear` is `slopes`. Less its own value it is 0: it adds the gradient alone.
     linear = (hidden.float() * torch.cat(slopes)).sum(-1)
     return torch.cat(logps) + (linear - linear.detach())
 
@@ -436,10 +445,12 @@ def pad(rows: list[list], fill, device) -> Tensor:
 #
 # Each step appends a line to metrics.jsonl:
 #   step                    0 is the seed, of which only the validation is known
-#   reward, score           mean reward and mean strict score of all that was sampled
-#   length, truncated       mean tokens of all that was sampled; the share that the limit cut off
-#   groups, sampled_groups  groups with both right and wrong answers, on which the step trains; all
-#   rounds                  sampling rounds that it took
+#   reward, score           mean training reward, and mean score as eval.py reports it, of all
+#                           completions that were sampled
+#   length, truncated       mean tokens of all these; the share that the token limit cut off
+#   groups                  groups that the step trains on: at most --prompts on each rank
+#   sampled_groups          all groups that were sampled for it
+#   rounds                  sampling rounds of the rank that needed most
 #   loss, ratio             of the last update: DAPO's loss, and the mean importance ratio
 #   clip_fraction           of the last update: share of tokens whose gradient is clipped away
 #   entropy                 mean of the trainer's -logp over the tokens that it trains on, in nat
@@ -472,10 +483,11 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
           on_step: Callable | None = None, llm=None, model=None):
     """Train one image as the flags say, into the folder `config.out`.
 
-    What you pass takes the place of ours: `pixels` that of PixelLogits, `loss_function` that of
-    dapo_loss, `llm` and `model` those of load_engine and load_model. At the end of each step, when
-    its files are written, `on_step(metrics, groups)` is called with the step's metrics and the
-    groups that this rank trained on. The run ends after this step if it returns True.
+    What you pass takes the place of ours: `pixels` (the same on every rank) that of PixelLogits,
+    `loss_function` that of dapo_loss with --eps-low and --eps-high, `llm` and `model` those of
+    load_engine and load_model. At the end of each step, when its files are written,
+    `on_step(metrics, groups)` is called with the step's metrics and the groups that this rank
+    trained on. The run ends after this step if it returns True.
     """
     device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)
@@ -522,10 +534,10 @@ def sample_groups(llm, processor, task: Task, examples: list[Example], image: Im
                   step: int, config: Config) -> tuple[list[list[Completion]], dict]:
     """Dynamic sampling, as in DAPO: groups whose answers are all right or all wrong have no
     gradient, so more prompts are sampled until `config.prompts` groups hold both, at most
-    `config.rounds` times. A round samples several prompts for each group that is wanted, and the
-    first groups that are drawn are kept, whichever they are. Returns them, and metrics over all
-    that was sampled on all ranks. Prompts and samples depend on the random seed, the rank and the
-    step alone, so that a resumed run draws the same."""
+    `config.rounds` times. Each round draws its prompts from all training examples: there are no
+    epochs. Of the groups that hold both, the first in the order of drawing are kept, not the
+    shortest or the best. Returns them, and metrics over all that was sampled on all ranks. The
+    generator depends on random seed, rank and step alone, so a resumed run draws the same."""
     generator = random.Random(f"{config.random_seed} {RANK} {step}")
     kept, samples, rounds = [], [], 0
     while len(kept) < config.prompts and rounds < config.rounds:
@@ -565,7 +577,8 @@ def judge_groups(task: Task, examples: list[Example], groups: list[list[Completi
 
 def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[list[Completion]],
                   loss_function: Callable, config: Config) -> dict:
-    """`config.updates` steps of AdamW on one batch of groups. Returns the metrics of the last."""
+    """`config.updates` steps of AdamW on one batch of groups. Returns the metrics of the last one,
+    or "skipped": 1 alone if a loss or gradient was not finite, so that this one was left out."""
     total_tokens = sum(gather(sum(len(c.ids) for group in groups for c in group)))
     rewards = torch.tensor([[c.reward for c in group] for group in groups])         # (P, G)
     metrics = Counter()
@@ -592,7 +605,8 @@ def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[l
 
 def validate(llm, processor, task: Task, examples: list[Example], image: Image.Image | None,
              config: Config) -> float:
-    """Accuracy of greedy answers after the image; each rank asks a part of the questions."""
+    """Accuracy after the image, asked as eval.py asks: greedy, with its presence penalty. Each
+    rank asks a part of the questions."""
     results = evaluate(llm, processor, task, examples[RANK::WORLD_SIZE], image,
                        config.max_new_tokens)
     return sum(gather(sum(result["score"] for result in results))) / len(examples)
@@ -603,8 +617,9 @@ def validate(llm, processor, task: Task, examples: list[Example], image: Image.I
 
 def load_model(name: str, device: str):
     """The frozen model, float32 on the CPU and bfloat16 on a GPU. Raises InputError."""
-    # fla 0.6 would compile a TileLang kernel with pip's nvcc, against other headers (fla issue
-    # 949). It reads this when transformers imports it, with the model's code.
+    # flash-linear-attention (fla) 0.6 would compile a TileLang kernel, and fail where pip's nvcc
+    # does not match the CUDA headers (its issue 949). It reads this variable when it is imported,
+    # which from_pretrained does below.
     os.environ.setdefault("FLA_TILELANG", "0")
     # Given a mask, cuDNN's attention gave NaN gradients on Hopper (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -631,7 +646,8 @@ def check_model(model, device: str):
 
 
 def load_examples(config: Config, task: Task, processor, image) -> tuple[list, list]:
-    """(training, validation) Examples; those of one key, of one conversation, stay together."""
+    """(training, validation) Examples. No key is in both: where the end of the validation slice
+    cuts a conversation, the rest of it is in neither."""
     examples = task.load("train", config.data)
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
                          {"--seed": arm_requests(processor, examples[:1], image)[0]})
@@ -649,15 +665,16 @@ def load_examples(config: Config, task: Task, processor, image) -> tuple[list, l
 # state.pt holds all that a run needs to go on: its settings, the metrics of each step, pixels,
 # optimizer, and the picture files, so that these agree with the rest whenever the run is killed.
 
-# Flags that may change when a run goes on: they do not change what a step computes.
+# These flags may change when a run goes on: no update depends on them, but for rounding errors.
 FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tokens_per_microbatch")
 
 
 def load_state(config: Config, training: list[Example], validation: list[Example],
                seed_image: Image.Image | None, pixels: nn.Module, optimizer) -> dict:
     """The state of the run in `config.out`, or a new one where a run begins. Pixels and optimizer
-    are set to it, and rank 0 writes its files again, of which a kill may have left older ones.
-    Raises InputError if the folder holds another run, or a broken one."""
+    are set to it. Rank 0 also writes the pictures and metrics.jsonl again: a kill amid save_state
+    may have left them one step behind. Raises InputError if the folder holds another run, or a
+    broken one."""
     folder, path = Path(config.out), Path(config.out, "state.pt")
     settings = {name: value for name, value in asdict(config).items() if name not in FREE}
     seed_bytes = seed_image.tobytes().hex() if seed_image else None
@@ -671,7 +688,8 @@ def load_state(config: Config, training: list[Example], validation: list[Example
             state = torch.load(path, "cpu", weights_only=True)
         others = [name for name in settings if state["settings"].get(name) != settings[name]]
     if held and not (config.resume and path.exists()):
-        raise InputError(f"--out {folder}: it is not empty; --resume goes on where a run lies.")
+        raise InputError(f"--out {folder}: it is not empty; give another, or --resume if it holds a "
+                         "run.")
     if others:
         raise InputError(f"--resume: {folder} was run with other {', '.join(others)}: give those.")
     if state["history"]:

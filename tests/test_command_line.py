@@ -50,7 +50,7 @@ def test_training_improves_the_image_and_leaves_a_whole_folder(tmp_path, llm, mo
     assert moved == pytest.approx(steps[-1]["moved"]) and 1 < moved < 64
     printed = capsys.readouterr().out
     assert re.search(r"^step 4/8  reward 0\.\d+ .* \d+\.\d min left$", printed, re.MULTILINE)
-    with pytest.raises(tasks.InputError, match="it is not empty; --resume goes on where a run"):
+    with pytest.raises(tasks.InputError, match="it is not empty; give another, or --resume"):
         art.train(config(out, *flags), llm=llm, model=model)
 
 

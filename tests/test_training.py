@@ -108,8 +108,10 @@ def test_micro_batches_hold_at_most_so_many_tokens_with_their_padding():
 
 def test_advantages_of_other_numbers_than_completions_are_refused(batch, model, processor, seed):
     """Groups that have no row would be left out silently."""
-    with pytest.raises(ValueError, match=r"shape \(1, 4\).* hold \[4, 4\] completions"):
+    with pytest.raises(ValueError, match=r"hold \[4, 4\] completions, .* rows \[4\]"):
         art.backward(model, processor, art.PixelLogits(seed), batch[0], batch[1][:1])
+    with pytest.raises(ValueError, match=r"rows \[2, 2, 2, 2\]"):
+        art.backward(model, processor, art.PixelLogits(seed), batch[0], batch[1].T)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])

@@ -32,7 +32,7 @@ flags=(--task gsm8k --model runs/real/model --seed seed.png --max-model-len 384 
     --engine "$float32" --data "$folder/train.jsonl" --temperature 0.6 --group-size 16
     --validation 48)
 test=(--test "$folder/test.jsonl" --max-new-tokens 24)
-training=("${test[@]}" --prompts 4 --rounds 1 --validate-every 10 --results "$results")
+training=("${test[@]}" --prompts 4 --rounds 1 --oversampling 1 --validate-every 10 --results "$results")
 declare -A lr=([art]=0.1 [lora]=0.0003 [soft]=0.03)
 run() {         # run KIND SEED STEPS [LR [FLAGS of art.py]]
     local name="$1${4:+-}${*:4}"
