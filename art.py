@@ -54,7 +54,7 @@ def flag(default, text: str):
 class Config:
     """The flags of the command line. Raises InputError for a number out of its range."""
     task: str = field(metadata={"choices": TASKS, "help": "the benchmark to train for"})
-    seed: str | None = flag(None, "the picture to start from, else noise; a number is --random-seed")
+    seed: str | None = flag(None, "the picture to start from; without it, noise")
     model: str = flag("Qwen/Qwen3.5-0.8B", "the model's name on the hub, or its folder")
     data: str | None = flag(None, "a local file of training rows in the benchmark's own schema")
     out: str | None = flag(None, "the folder of the run; without it, runs/TASK")
@@ -75,7 +75,7 @@ class Config:
     updates: int = flag(1, "updates on each batch of rollouts; the clip works from the second on")
     oversampling: int = flag(3, "prompts that a sampling round takes for each one still wanted")
     rounds: int = flag(4, "the most sampling rounds in which a step looks for its groups")
-    weight_cap: float = flag(2.0, "a token's weight is min(pi_old / pi_vllm, WEIGHT_CAP); 0: it is 1")
+    weight_cap: float = flag(2.0, "a token's weight is min(pi_old / pi_vllm, this cap); 0: it is 1")
     max_new_tokens: int = flag(512, "a completion is cut off after so many tokens")
     max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
     max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
@@ -688,8 +688,8 @@ def load_state(config: Config, training: list[Example], validation: list[Example
             state = torch.load(path, "cpu", weights_only=True)
         others = [name for name in settings if state["settings"].get(name) != settings[name]]
     if held and not (config.resume and path.exists()):
-        raise InputError(f"--out {folder}: it is not empty; give another, or --resume if it holds a "
-                         "run.")
+        raise InputError(f"--out {folder}: it is not empty; give another, or --resume if it holds "
+                         "a run.")
     if others:
         raise InputError(f"--resume: {folder} was run with other {', '.join(others)}: give those.")
     if state["history"]:
