@@ -37,9 +37,9 @@ from transformers import AutoModelForImageTextToText, DynamicCache, HfArgumentPa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.utils.versions import require_version
 
-from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, arm_requests, check_range,
-                  check_size, drop_long, evaluate, explained, key_hash, load_engine,
-                  load_processor, model_inputs, open_picture, png_bytes, prepend, render)
+from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, check_range, check_size,
+                  drop_long, evaluate, explained, key_hash, load_engine, load_processor,
+                   model_inputs, open_picture, png_bytes, prepend, render)
 
 
 def flag(default, text: str):
@@ -506,7 +506,7 @@ def load_examples(config: Config, task: Task, processor, image) -> tuple[list, l
     """(training, validation) Examples; those of one key, of one conversation, stay together."""
     examples = task.load("train", config.data)
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
-                         {"--seed": arm_requests(processor, examples[:1], image)[0]})
+                         {"--seed": image})
     examples.sort(key=lambda example: key_hash(example.key))
     validation = examples[:config.validation]
     held_out = {example.key for example in validation}
