@@ -37,9 +37,9 @@ from transformers import AutoModelForImageTextToText, DynamicCache, HfArgumentPa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.utils.versions import require_version
 
-from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, check_range, check_size,
-                  drop_long, evaluate, explained, key_hash, load_engine, load_processor,
-                   model_inputs, open_picture, png_bytes, prepend, render)
+from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, check_range,
+                  check_size, drop_long, evaluate, explained, key_hash, load_engine,
+                  load_processor, model_inputs, open_picture, png_bytes, prepend, render)
 
 
 def flag(default, text: str):

@@ -156,8 +156,8 @@ def read_csv(path: str) -> Iterator[dict]:
                     raise csv.Error("it has more fields than the header")
                 yield row
         except csv.Error as error:
-            fact = f"line {rows.line_num}: {error}; in CSV, quotes inside of a field are doubled"
-            raise ValueError(fact) from error
+            line = rows.reader.line_num
+            raise ValueError(f"line {line}: {error}; in CSV, quotes in a field are doubled") from error
 
 
 def as_text(value) -> str | None:
@@ -478,6 +478,7 @@ def toolmind_rows(path: str, split: str) -> Iterator[dict]:
             yield row
 
 
+DECODER = json.JSONDecoder()
 BEGINNING = re.compile(r'\ufeff?\{\s*"conversations"\s*:\s*\[')
 
 
@@ -490,7 +491,7 @@ def first_turns(line: str) -> Iterator[dict]:
         return
     position = start.end()
     while True:
-        turn, position = json.JSONDecoder().raw_decode(line, line.index("{", position))
+        turn, position = DECODER.raw_decode(line, line.index("{", position))
         yield turn
 
 
@@ -613,42 +614,41 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
 
 
 def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], list[str]]:
-    """The examples that the model's chat template shows whole, and their prompts. The others are
-    left out and counted. Raises InputError if that is none, or if it tends to hide a part."""
+    """The examples that the model's chat template shows whole, and their prompts; the others are
+    left out and counted. Raises InputError if none is left, or if a part is often hidden."""
     tokens = processor.tokenizer.added_tokens_decoder.values()
-    special = {str(token) for token in tokens if token.special}                 # "<|image_pad|>"
+    special = [str(token) for token in tokens if token.special]                 # "<|image_pad|>"
     kept, prompts, faults, held, hidden = [], [], [], Counter(), Counter()
     for example in tqdm(examples, "rendering prompts", disable=None):
         texts = json.dumps([example.messages, example.tools], ensure_ascii=False)
-        found = [token for token in special if token in texts]
-        if found:
-            faults.append(f"it holds the model's special token {found[0]}")
+        if found := [token for token in special if token in texts]:
+            faults.append(f"it holds {found[0]}, a special token of the model")
             continue
         try:
             prompt = render(processor, example)
             prompt.encode()                             # raises for lone surrogates
         except Exception as error:                      # templates raise what they like
-            faults.append(f"the model's chat template refuses it: {one_line(error)}")
+            faults.append(f"the model's chat template refuses it ({one_line(error)})")
             continue
-        parts = parts_shown(example, prompt)
-        held.update(parts)
-        lost = [part for part, is_shown in parts.items() if not is_shown]
+        shown = parts_shown(example, prompt)
+        lost = [part for part in shown if not shown[part]]
+        held.update(shown.keys())
         hidden.update(lost)
         if lost:
             faults.append(f"the model's chat template hides its {lost[0]}")
         else:
             kept.append(example)
             prompts.append(prompt)
-    for part, count in hidden.items():
-        if count > held[part] / 10:
-            raise InputError(f"--model: its chat template hides {part} in {count} of the "
-                             f"{held[part]} prompts that have them: give a model that shows them.")
-    if faults:
-        print(f"{len(faults)} of {len(examples)} rows left out, the first because {faults[0]}",
-              file=sys.stderr)
+    often = [f"the {part} of {count} rows in {held[part]}"
+             for part, count in hidden.items() if count > held[part] / 10]
+    if often:
+        raise InputError(f"--model: its chat template hides {', '.join(often)}: give a model whose "
+                         "template shows them, or mend its chat_template.jinja.")
+    said = f"{len(faults)} of {len(examples)} rows left out, of the first one: {[*faults, ''][0]}"
     if not kept:
-        raise InputError(f"--model: none of {len(examples)} rows can be asked, the first because "
-                         f"{faults[0]}: give another model or other --data.")
+        raise InputError(f"--model: {said}: give another model, or other --data.")
+    if faults:
+        print(said, file=sys.stderr)
     return kept, prompts
 
 

@@ -249,8 +249,7 @@ def test_dynamic_sampling_keeps_groups_with_right_and_wrong_answers_only(monkeyp
 def load_examples(examples, validation, prompts=1):
     flags = config("unused", "--task", "gsm8k", "--prompts", prompts, "--validation", validation)
     task = SimpleNamespace(load=lambda split, data: list(examples))
-    with mock.patch.multiple(art, drop_long=lambda processor, examples, *others: examples,
-                             arm_requests=lambda *arms: [None]):
+    with mock.patch.object(art, "drop_long", lambda processor, examples, *others: examples):
         return art.load_examples(flags, task, None, None)
 
 
