@@ -112,28 +112,32 @@ class Task:
 
 
 HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
-MOST = {"train": 8192, "test": 2000}    # rows that are used of a divided file; 2,000 as in the paper
-NULL = {"parse_constant": lambda name: None}            # NaN and Infinity, which JSON does not have
+MOST = {"train": 8192, "test": 2000}            # rows used of a divided file; the paper tests 2,000
+NAN_IS_NULL = {"parse_constant": lambda name: None}     # for json.loads; infinities are null, too
 
 
 def read_rows(path: str) -> Iterator[dict]:
     """The rows of a .jsonl, .csv or .parquet file. Raises an error that names the broken line."""
-    if str(path).lower().endswith(".parquet"):
-        for batch in pyarrow.parquet.read_table(path).to_batches():
-            rows = json.dumps(batch.to_pylist(), default=as_text)
-            yield from json.loads(rows, object_hook=without_none, **NULL)
-    elif str(path).lower().endswith(".csv"):
+    if str(path).lower().endswith(".csv"):
         yield from read_csv(path)
+    elif str(path).lower().endswith(".parquet"):
+        for batch in pyarrow.parquet.read_table(path).to_batches():
+            rows = json.dumps(batch.to_pylist(), default=json_value)
+            yield from json.loads(rows, object_hook=without_none, **NAN_IS_NULL)
     else:
-        for number, line in enumerate(read_lines(path), 1):
-            try:
-                row = json.loads(line, **NULL) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number}: {error}") from error
-            if row is not None:
-                yield row
+        yield from read_jsonl(path)
+
+
+def read_jsonl(path: str) -> Iterator[dict]:
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            text = line.decode("utf-8-sig").strip()
+            rows = [json.loads(text, **NAN_IS_NULL)] if text else []
+        except json.JSONDecodeError as error:           # its own line number is always 1
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        yield from rows
 
 
 def read_lines(path: str) -> Iterator[bytes]:
@@ -156,12 +160,12 @@ def read_csv(path: str) -> Iterator[dict]:
                     raise csv.Error("it has more fields than the header")
                 yield row
         except csv.Error as error:
-            line = rows.reader.line_num
-            raise ValueError(f"line {line}: {error}; in CSV, quotes in a field are doubled") from error
+            raise ValueError(f"line {rows.reader.line_num}: {error}; quotes in a CSV field are "
+                             "doubled") from error
 
 
-def as_text(value) -> str | None:
-    """A Parquet value that JSON does not have: bytes of UTF-8, a date, a decimal."""
+def json_value(value) -> str | None:
+    """What Parquet has and JSON has not: bytes of UTF-8 are text; dates and decimals become it."""
     with suppress(UnicodeDecodeError):
         return value.decode() if isinstance(value, bytes) else str(value)
 
@@ -171,7 +175,7 @@ def without_none(struct: dict) -> dict:
     return {name: value for name, value in struct.items() if value is not None}
 
 
-def field(value) -> str:
+def field_text(value) -> str:
     """A row's field as text. Raises ValueError unless it is a text or a finite number."""
     if isinstance(value, str):
         return value
@@ -236,8 +240,8 @@ NUMBER = re.compile(r"""
 
 
 def gsm8k_example(row: dict) -> Example:
-    question, answer = field(row["question"]), field(row["answer"])
-    number = answer.rpartition("####")[2].strip()                                   # "So.\n#### 1,080"
+    question, answer = field_text(row["question"]), field_text(row["answer"])
+    number = answer.rpartition("####")[2].strip()       # of "He pays 2 * 540.\n#### 1,080"
     if "," in number and not re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", number):
         raise ValueError(f"a comma that does not part thousands: {number}")
     prompt = f"{question.strip()}\n\nEnd your response with: Answer: <number>"
@@ -273,7 +277,7 @@ GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {
 
 
 def gpqa_example(row: dict) -> Example:
-    key, question, *texts = values = [field(row[name]).strip() for name in GPQA_FIELDS]
+    key, question, *texts = values = [field_text(row[name]).strip() for name in GPQA_FIELDS]
     if "" in values or texts[0] in texts[1:]:
         raise ValueError("it lacks its Record ID, question or a choice, or has the right one twice")
     order = sorted(range(4), key=lambda i: key_hash(f"{key} {i}"))                  # 0 is right
@@ -350,23 +354,19 @@ def toolmind_example(row: dict) -> Example:
                  for name, arguments in calls_of(turn)]
         messages.append({**message, "tool_calls": calls} if calls else message)
     tools = [tool_schema(tool) for tool in parsed(row["tools"])]
-    return Example(first_user_message(history), messages, comparable(calls_of(target), tools), tools)
-
-
-def is_text_part(part) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text"
+    key = first_user_message(history)
+    return Example(key, messages, comparable(calls_of(target), tools), tools)
 
 
 def text_of(turn: dict) -> str:
     """The text of a turn. Parts of text are joined; a tool's result may be any data, as JSON."""
-    content = turn.get("content")
-    if content is None:
-        return ""
-    if isinstance(content, list) and all(is_text_part(part) for part in content):
-        return "".join(field(part["text"]) for part in content)
-    if isinstance(content, str):
-        return content
-    return json.dumps(content, ensure_ascii=False) if turn["role"] == "tool" else field(content)
+    content = "" if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(field_text(part["text"]) for part in content)
+    if turn["role"] == "tool" and not isinstance(content, str):
+        return json.dumps(content, ensure_ascii=False)
+    return field_text(content)
 
 
 def canonical(value, schema):
@@ -458,36 +458,41 @@ def toolmind_reward(example: Example, text: str) -> float:
 
 
 def toolmind_rows(path: str, split: str) -> Iterator[dict]:
-    """The rows of a split of the hub's file, 2.3 GB: its lines are hashed, and parsed only if they
-    are asked for. Conversations whose first user message hashes into 1 % are held out; a split's
-    rows come in the order of their lines' hashes."""
+    """The rows of a split of the hub's file, whose 2.3 GB are hashed, but parsed only as far as the
+    rows are used: conversations whose first user message hashes into 1 % are held out, and the rows
+    of a split come in the order of their lines' hashes."""
     places, position = [], 0
     for line in read_lines(path):
-        text, key = line.decode("utf-8", "replace").strip(), ""
-        with suppress(Exception):                       # it is no example: any split may have it
-            key = first_user_message(first_turns(text))
-        if text and (key_hash(key) < 0.01) == (split == "test"):
+        text = line.decode("utf-8-sig", "replace").strip()
+        if text and is_held_out(text) == (split == "test"):
             places.append((key_hash(text), position))
         position += len(line)
     with open(path, "rb") as file:
         for _, position in sorted(places):
             file.seek(position)
-            row = {}                                    # a broken line is no example either
+            row = {}                                    # what a broken line leaves is no example
             with suppress(ValueError, RecursionError):
-                row = json.loads(file.readline(), **NULL)
+                row = json.loads(file.readline().decode("utf-8-sig"), **NAN_IS_NULL)
             yield row
 
 
+def is_held_out(line: str) -> bool:
+    try:
+        return key_hash(first_user_message(first_turns(line))) < 0.01
+    except Exception:                                   # it is no example: either split may have it
+        return False
+
+
+BEGINNING = re.compile(r'\{\s*"conversations"\s*:\s*\[')            # {"conversations": [
 DECODER = json.JSONDecoder()
-BEGINNING = re.compile(r'\ufeff?\{\s*"conversations"\s*:\s*\[')
 
 
 def first_turns(line: str) -> Iterator[dict]:
-    """The turns of a line that begins like {"conversations": [{"role": "user", "content": "Hi"}, of
-    which no more is parsed than is asked for; any other line is parsed whole."""
+    """The turns of a row, of which no more is parsed than is asked for; a row that begins with
+    another field is parsed whole."""
     start = BEGINNING.match(line)
     if not start:
-        yield from parsed(json.loads(line.removeprefix("\ufeff"))["conversations"])
+        yield from parsed(json.loads(line)["conversations"])
         return
     position = start.end()
     while True:
@@ -496,7 +501,7 @@ def first_turns(line: str) -> Iterator[dict]:
 
 
 def first_user_message(turns: Iterable[dict]) -> str:
-    """What tells a conversation from others: the same for all of its rows."""
+    """What tells a conversation from others: all of its rows have it."""
     return next(text_of(turn) for turn in turns if turn["role"] == "user")
 
 
@@ -660,7 +665,7 @@ def parts_shown(example: Example, prompt: str) -> dict[str, bool]:
         calls, content = message.get("tool_calls") or (), message.get("content") or ()
         said += [("earlier calls", call["function"]["name"]) for call in calls]
         if message["role"] != "assistant":              # some templates show only its calls
-            texts = [content] if isinstance(content, str) else [p["text"] for p in content]
+            texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
             said += [(f"{message['role']} messages", text.strip()) for text in texts]
     shown, times = {}, Counter()
     for part, text in said:

@@ -41,7 +41,7 @@ def test_every_kind_of_file_gives_the_same_examples(tmp_path, suffix):
 def test_blank_lines_byte_order_marks_and_a_column_in_the_last_row_do_no_harm(tmp_path):
     row = json.dumps({"question": "x" * 1000, "answer": "#### 1"}) + "\n"
     late = {"answer": "#### 2", "note": {"by": "me"}, "question": "last"}
-    text = f"\ufeff{row * 16_000}   \r\n\n\n{json.dumps(late)}\n\n\n"
+    text = f"\ufeff\n\n{row * 16_000}   \r\n{json.dumps(late)}\n\n\n"
     (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
     examples = TASKS["gsm8k"].load("test", str(tmp_path / "a.jsonl"))
     assert len(examples) == 16_001 and examples[-1] == tasks.gsm8k_example(late)
@@ -70,7 +70,7 @@ def test_a_file_is_read_as_far_as_it_is_needed(tmp_path):
     ("a.csv", "q,a\n1,2,3\n", "line 2: it has more fields than the header"),
     ("a.csv", 'q\n"1', "line 2: unexpected end of data"),
     ("a.csv", 'question,answer\n"He said \\"hi, there\\" twice",#### 1\n',
-     "line 2: ',' expected after '\"'; in CSV, quotes in a field are doubled"),
+     "line 2: ',' expected after '\"'; quotes in a CSV field are doubled"),
     ("a.csv", 'question,answer\nq,#### 1\n"A 5\\", and more?",#### 1\n',
      "line 3: it has more fields than the header"),
     ("a.jsonl", '{"question": "x", "answer": "y"}', "Invalid literal")])
@@ -288,8 +288,9 @@ def test_only_chosen_rows_are_parsed(tmp_path):
 
 
 def test_under_another_name_the_same_file_is_used_whole(tmp_path):
-    rows = [toolmind_row(f"q{i}") for i in range(3000)]
-    assert keys_of(load("toolmind", tmp_path / "mine.jsonl", rows)) == [f"q{i}" for i in range(3000)]
+    keys = [f"q{i}" for i in range(3000)]
+    rows = [toolmind_row(key) for key in keys]
+    assert keys_of(load("toolmind", tmp_path / "mine.jsonl", rows)) == keys
 
 
 def test_an_interrupted_read_loses_nothing(tmp_path):

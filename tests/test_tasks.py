@@ -1,4 +1,4 @@
-"""The three tasks: examples, the prompts that a model's chat template makes of them, and their lengths."""
+"""The three tasks: examples, the prompts that a chat template makes of them, and their lengths."""
 
 import copy
 import json
@@ -106,7 +106,7 @@ def test_gpqa_is_divided_by_ids_whatever_the_order_of_rows(tmp_path, monkeypatch
     assert len(mine) == 546 and mine[0] in sum(halves[0], [])           # another name: used whole
 
 
-# Prompts: what a chat template refuses, or hides ---------------------------------------------------
+# Prompts: what a chat template refuses, or hides --------------------------------------------------
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [
     {"function": {"name": "find", "arguments": {"what": "x"}}}]}
@@ -182,8 +182,8 @@ def test_both_programs_end_where_the_template_hides_the_tools(program, tmp_path,
     template = TINY / "chat_template.jinja"
     hiding = tmp_path / "model" / "chat_template.jinja"
     hiding.write_text(TAKE_AWAY["tools"](template.read_text()))
-    flags = ["--task", "toolmind", "--data", data("toolmind", "test"), "--model", tmp_path / "model",
-             *([SEED] if program is tasks else ["--out", tmp_path / "run"])]
+    flags = [*([SEED] if program is tasks else ["--out", tmp_path / "run"]), "--task", "toolmind",
+             "--data", data("toolmind", "test"), "--model", tmp_path / "model"]
     with pytest.raises(SystemExit) as exit:
         program.main([*map(str, flags)])
     last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -203,7 +203,7 @@ def test_rows_that_the_template_refuses_are_left_out_and_counted(processor, caps
         kept = tasks.drop_long(strict, examples, 500, {"none": "none"})
         said = capsys.readouterr().err
         assert keys_of(kept) == ["b"] and "1 of 1 prompts fit" in said
-        assert "2 of 3 rows left out, of the first one: the model's chat template refuses it" in said
+        assert "2 of 3 rows left out, of the first one: the model's chat template refuses" in said
         assert reason in said
 
 
@@ -220,7 +220,7 @@ def test_a_text_in_half_a_character_is_left_out_wherever_it_stands(processor):
     assert keys_of(tasks.sound_prompts(processor, examples)[0]) == ["b"]
 
 
-# Prompts: the model's own special tokens -----------------------------------------------------------
+# Prompts: the model's own special tokens ----------------------------------------------------------
 
 
 def test_a_row_that_holds_the_image_placeholder_is_left_out_wherever_it_stands(processor, capsys):
@@ -246,7 +246,7 @@ def test_the_image_placeholder_of_every_family_is_special(name, tmp_path):
     assert keys_of(kept) == ["How many?"]
 
 
-# Prompts: their lengths ----------------------------------------------------------------------------
+# Prompts: their lengths ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tiny", *families.FAMILIES])
@@ -283,5 +283,6 @@ def test_the_largest_random_picture_has_room(processor, questions):
     more = [tasks.count_tokens(processor, *tasks.arm_requests(processor, [e], picture)[0]) + 2
             for e in questions[:20]]
     most = sorted(more)[10]
-    kept = tasks.drop_long(processor, questions[:20], most, {"none": "none", "random": "random"}, 384)
+    arms = {"none": "none", "random": "random"}
+    kept = tasks.drop_long(processor, questions[:20], most, arms, 384)
     assert kept == [e for e, count in zip(questions, more) if count <= most]

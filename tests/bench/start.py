@@ -9,6 +9,7 @@ in a temporary folder, and so in memory where it has room: a cold disk's own tim
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,8 +47,9 @@ def write_gsm8k(path: Path, rows: int = 7473):
             file.write(json.dumps({**row, "question": f"{row['question']} ({number})"}) + "\n")
 
 
-def measure(command: list, root: Path, until: str) -> tuple[float, float]:
-    """(seconds, GB at most) of a Python `command` up to a line on stderr that begins so."""
+def measure(command: list, root: Path, until: str) -> tuple[float, float, float]:
+    """(seconds, of them the processors', GB at most) of a Python `command` up to the line on stderr
+    that begins with `until`."""
     start = time.time()
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=root, text=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -61,9 +63,11 @@ def measure(command: list, root: Path, until: str) -> tuple[float, float]:
     seconds = time.time() - start
     status = Path(f"/proc/{process.pid}/status").read_text()
     kilobytes = int(status.partition("VmHWM:")[2].split()[0])
+    times = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(times[11]) + int(times[12])             # of the user and of the system
     process.kill()
     process.communicate()
-    return seconds, kilobytes / 1e6
+    return seconds, ticks / os.sysconf("SC_CLK_TCK"), kilobytes / 1e6
 
 
 def commands(files: dict[str, Path], out: Path) -> dict[str, tuple[list, str]]:
@@ -96,8 +100,9 @@ def main():
         write_toolmind(files["toolmind"], args.sample, args.gigabytes * 1e9)
         write_gsm8k(files["gsm8k"])
         for name, (command, until) in commands(files, Path(folder, "runs")).items():
-            seconds, gigabytes = measure(command, args.root.resolve(), until)
-            print(f"{name:40} {seconds:6.1f} s   {gigabytes:.2f} GB", flush=True)
+            seconds, busy, gigabytes = measure(command, args.root.resolve(), until)
+            print(f"{name:40} {seconds:6.1f} s  {busy:6.1f} s of processor time  "
+                  f"{gigabytes:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":
