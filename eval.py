@@ -640,15 +640,15 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
         held.update(shown.keys())
         hidden.update(lost)
         if lost:
-            faults.append(f"the model's chat template hides its {lost[0]}")
+            faults.append(f"the model's chat template does not show its {lost[0]}")
         else:
             kept.append(example)
             prompts.append(prompt)
-    often = [f"the {part} of {count} rows in {held[part]}"
+    often = [f"the {part} of {count} out of {held[part]} rows"
              for part, count in hidden.items() if count > held[part] / 10]
     if often:
-        raise InputError(f"--model: its chat template hides {', '.join(often)}: give a model whose "
-                         "template shows them, or mend its chat_template.jinja.")
+        raise InputError(f"--model: its chat template does not show {', '.join(often)}: give a "
+                         "model whose template does, or mend its chat_template.jinja.")
     said = f"{len(faults)} of {len(examples)} rows left out, of the first one: {[*faults, ''][0]}"
     if not kept:
         raise InputError(f"--model: {said}: give another model, or other --data.")
@@ -660,10 +660,10 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
 def parts_shown(example: Example, prompt: str) -> dict[str, bool]:
     """Whether the prompt shows each part that the example has: {"tools": True, "calls": False}.
     A name must stand there as often as the example has it: once for a tool, once for each call."""
-    said = [("tools", tool["function"]["name"]) for tool in example.tools or ()]
+    said = [("tools", str(tool["function"]["name"])) for tool in example.tools or ()]
     for message in example.messages:
         calls, content = message.get("tool_calls") or (), message.get("content") or ()
-        said += [("earlier calls", call["function"]["name"]) for call in calls]
+        said += [("earlier calls", str(call["function"]["name"])) for call in calls]
         if message["role"] != "assistant":              # some templates show only its calls
             texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
             said += [(f"{message['role']} messages", text.strip()) for text in texts]
@@ -671,8 +671,9 @@ def parts_shown(example: Example, prompt: str) -> dict[str, bool]:
     for part, text in said:
         times[text] += 1
         forms = {text, json.dumps(text, ensure_ascii=False)[1:-1]}      # as it is, or within JSON
-        is_shown = sum(prompt.count(form) for form in forms) >= times[text]
-        shown[part] = shown.get(part, True) and is_shown
+        count = sum(prompt.count(form) for form in forms)
+        count -= prompt.count(f"'text': {text!r}")      # of a list of parts as Python prints it
+        shown[part] = shown.get(part, True) and count >= times[text]
     return shown
 
 
