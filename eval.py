@@ -88,8 +88,8 @@ class Task:
         if self.divide and Path(path).name in re.split("[ /]", name):
             rows, limit = self.divide(path, split), min(limit or MOST[split], MOST[split])
         examples, errors = [], []
-        cannot = f"--data {path}: it cannot be read", "give a .jsonl, .csv or .parquet file"
-        with explained(*cannot), closing(rows):
+        remedy = "mend it, or give a .jsonl, .csv or .parquet file"
+        with explained(f"--data {path}: it cannot be read", remedy), closing(rows):
             for row in rows:
                 try:
                     examples.append(self.example(row))
@@ -244,6 +244,8 @@ def gsm8k_example(row: dict) -> Example:
     number = answer.rpartition("####")[2].strip()       # of "He pays 2 * 540.\n#### 1,080"
     if "," in number and not re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", number):
         raise ValueError(f"a comma that does not part thousands: {number}")
+    if not question.strip():
+        raise ValueError("it lacks its question")
     prompt = f"{question.strip()}\n\nEnd your response with: Answer: <number>"
     return Example(question, user_turn(prompt), Fraction(number.replace(",", "")))
 

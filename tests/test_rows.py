@@ -134,7 +134,7 @@ def test_a_field_that_is_neither_text_nor_a_finite_number_leaves_its_row_out(tmp
     rows = [gpqa_row("a", **{"Incorrect Answer 2": value}), gpqa_row("b", Question=value),
             gpqa_row("c", **{"Correct Answer": value}), gpqa_row("d")]
     assert keys_of(load("gpqa", tmp_path / "a.jsonl", rows)) == ["d"]
-    rows = [gsm8k_row(value), gsm8k_row("q", value), gsm8k_row("r")]
+    rows = [gsm8k_row(value), gsm8k_row("q", value), gsm8k_row("r"), gsm8k_row(" \n")]
     assert keys_of(load("gsm8k", tmp_path / "a.jsonl", rows)) == ["r"]
 
 
