@@ -196,12 +196,20 @@ def test_a_question_of_other_parts_is_left_out(tmp_path, content):
 @pytest.mark.parametrize("content, text", [
     ({"city": "Z\u00fcrich"}, '{"city": "Z\u00fcrich"}'), (["a", 1], '["a", 1]'), (0, "0"),
     (False, "false"), (1.5, "1.5"), ([{"text": "a"}], '[{"text": "a"}]'), (None, None), ("", None),
-    ([], None)])
+    ([], None), ({"a": float("nan")}, '{"a": null}'), (float("inf"), None)])
 def test_a_tools_result_reaches_the_prompt_as_the_characters_it_holds(tmp_path, content, text):
     row = toolmind_row("q", {"role": "tool", "content": content})
     example, = load("toolmind", tmp_path / "a.jsonl", [row])
     said = example.messages[1]["content"]
     assert said == ([] if text is None else [{"type": "text", "text": text}])
+
+
+def test_nan_in_a_structured_result_of_parquet_is_a_field_that_is_not_there(tmp_path):
+    row = toolmind_row("q")
+    result = {"role": "tool", "content": {"a": float("nan"), "b": "c"}}
+    row["conversations"] = [result, {"role": "user"}, {**row["conversations"][-1], "content": None}]
+    example, = load("toolmind", tmp_path / "a.parquet", [row])
+    assert example.messages[0]["content"][0]["text"] == '{"b": "c"}'
 
 
 # The hub's file of ToolMind -----------------------------------------------------------------------
@@ -267,17 +275,16 @@ def test_the_last_line_is_chosen_like_any_other(tmp_path):
 
 
 def test_a_row_that_cannot_be_used_is_replaced_by_the_next(tmp_path, monkeypatch, capsys):
-    """Broken lines, too; all others come in the same order."""
-    monkeypatch.setattr(tasks, "MOST", {"train": 10})
+    """Broken lines are counted, and all other rows come in the same order."""
     lines = [json.dumps(toolmind_row(f"q{i}")) for i in range(30)]
-    whole = keys_of(TASKS["toolmind"].load("train", graphsyn(tmp_path, lines), 30))
-    assert len(whole) == 10
-    first, second, third = (lines.index(json.dumps(toolmind_row(key))) for key in whole[:3])
-    broken = {first: lines[first][:-9], second: lines[second].replace("stop", ""), third: "\\"}
-    spoiled = [broken.get(i, line) for i, line in enumerate(lines)]
-    found = keys_of(TASKS["toolmind"].load("train", graphsyn(tmp_path, spoiled)))
-    assert len(found) == 10 and found[:7] == whole[3:]
-    assert "10 examples, " in capsys.readouterr().err
+    order = keys_of(TASKS["toolmind"].load("train", graphsyn(tmp_path, lines)))
+    usable = [key for key in order if key not in ("q3", "q5")]
+    lines[3], lines[5] = lines[3][:-9], "\\"
+    path = graphsyn(tmp_path, [*lines, "[" * 10**5, '{"conversations": 7}'])
+    assert keys_of(TASKS["toolmind"].load("train", path)) == usable and len(usable) == 28
+    assert "28 examples, 4 rows left out" in capsys.readouterr().err
+    monkeypatch.setattr(tasks, "MOST", {"train": 20})
+    assert keys_of(TASKS["toolmind"].load("train", path)) == usable[:20]
 
 
 def test_only_chosen_rows_are_parsed(tmp_path):

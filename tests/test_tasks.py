@@ -178,6 +178,15 @@ def test_a_name_that_is_no_text_leaves_its_row_out(processor):
     assert keys_of(tasks.sound_prompts(processor, examples)[0]) == ["b"]
 
 
+def test_a_tool_whose_name_is_a_number_is_found(processor):
+    row = toolmind_row("q")
+    row["tools"].append({"name": 7})
+    printing = with_template(processor, lambda text: "{{ tools | tojson }}" + text.replace(
+        "if tools", "if false"))
+    example = tasks.toolmind_example(row)
+    assert tasks.sound_prompts(printing, [example])[0] == [example]
+
+
 def test_a_single_row_of_which_something_is_hidden_is_left_out(processor, capsys):
     """Such as a tool whose name the template writes otherwise."""
     odd = with_template(processor, lambda text: text.replace("f.name", "f.name.replace('&', '+')"))
