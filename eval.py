@@ -112,8 +112,10 @@ class Task:
 
 
 HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
-MOST = {"train": 8192, "test": 2000}            # rows used of a divided file; the paper tests 2,000
-NAN_IS_NULL = {"parse_constant": lambda name: None}     # for json.loads; infinities are null, too
+# So many rows of a divided file are used at most. The paper tests 2,000.
+MOST = {"train": 8192, "test": 2000}
+# Without it json.loads makes numbers of NaN and Infinity, which JSON does not have.
+NAN_IS_NULL = {"parse_constant": lambda name: None}
 
 
 def read_rows(path: str) -> Iterator[dict]:
@@ -486,7 +488,7 @@ def is_held_out(line: str) -> bool:
 
 
 BEGINNING = re.compile(r'\{\s*"conversations"\s*:\s*\[')            # {"conversations": [
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder()                            # to make one costs as much as to use it
 
 
 def first_turns(line: str) -> Iterator[dict]:
@@ -646,6 +648,7 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
         else:
             kept.append(example)
             prompts.append(prompt)
+    # A single odd row is left out, but where more than a tenth lose a part, the template is wrong.
     often = [f"the {part} of {count} out of {held[part]} rows"
              for part, count in hidden.items() if count > held[part] / 10]
     if often:
