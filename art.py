@@ -38,7 +38,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, HfArgumentPa
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.utils.versions import require_version
 
-from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, arm_requests, check_range,
+from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, check_range,
                   check_size, drop_long, evaluate, explained, key_hash, load_engine,
                   load_processor, model_inputs, open_picture, png_bytes, prepend, render)
 
@@ -650,7 +650,7 @@ def load_examples(config: Config, task: Task, processor, image) -> tuple[list, l
     cuts a conversation, the rest of it is in neither."""
     examples = task.load("train", config.data)
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
-                         {"--seed": arm_requests(processor, examples[:1], image)[0]})
+                         {"--seed": image})
     examples.sort(key=lambda example: key_hash(example.key))
     validation = examples[:config.validation]
     held_out = {example.key for example in validation}

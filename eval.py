@@ -10,27 +10,27 @@ are those of the paper's published evaluation (arXiv 2606.11854).
 
 import argparse
 import base64
+import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from heapq import nsmallest
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pyarrow.parquet
 from PIL import Image, ImageOps, PngImagePlugin
+from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 
@@ -84,33 +84,34 @@ class Task:
     answer: (example, text of a completion) -> the answer that it gives, or None if none is readable
     hub: "repository file" on the Hugging Face hub
     paper_answer: text -> the answer by the authors' own rule, reported beside ours
-    divide: (examples, split) -> those of the split, where the hub has one file for all
+    divide: (path, split) -> the rows of the split, where the hub has one file for all
     """
     example: Callable[[dict], Example]
     answer: Callable[[Example, str], object]
     hub: str = ""
     paper_answer: Callable[[str], object] | None = None
-    divide: Callable[[Iterable, str], list[Example]] | None = None
+    divide: Callable[[str, str], Iterator[dict]] | None = None
 
     def load(self, split: str, data: str | None = None, limit: int | None = None) -> list[Example]:
-        """The Examples of `split`, "train" or "test". A local file `data` is used whole, unless it
-        is named like the hub's file of a task with `divide`. Raises InputError."""
+        """The first `limit` Examples of `split`, "train" or "test". A local file `data` is used
+        whole, unless it is named like the hub's file of a task with `divide`. Raises InputError."""
         from huggingface_hub import hf_hub_download
         name = self.hub.format(split=split)
         with explained(f"{name or 'this task'} cannot be read", f"{HUB}, or give --data"):
             path = hf_hub_download(*name.split(), repo_type="dataset") if data is None else data
-        errors = []
-
-        def usable():
-            for row in read_rows(path):
+        rows = read_rows(path)
+        if self.divide and Path(path).name in re.split("[ /]", name):
+            rows, limit = self.divide(path, split), min(limit or MOST[split], MOST[split])
+        examples, errors = [], []
+        remedy = "mend it, or give a .jsonl, .csv or .parquet file"
+        with explained(f"--data {path}: it cannot be read", remedy), closing(rows):
+            for row in rows:
                 try:
-                    yield self.example(row)
+                    examples.append(self.example(row))
                 except Exception as error:              # rows are as irregular as their authors
                     errors.append(f"{type(error).__name__}: {one_line(error)}")
-
-        is_hub_file = Path(path).name in re.split("[ /]", name)
-        examples = self.divide(usable(), split) if self.divide and is_hub_file else usable()
-        examples = list(islice(examples, limit))
+                if len(examples) == limit:
+                    break
         print(f"{path}: {len(examples)} examples, {len(errors)} rows left out", file=sys.stderr)
         if not examples:
             raise InputError(f"--data {path}: no row is usable ({[*errors, 'empty split'][0]}).")
@@ -132,26 +133,78 @@ class Task:
 
 
 HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
+# So many rows of a divided file are used at most. The paper tests 2,000.
+MOST = {"train": 8192, "test": 2000}
+# Without it json.loads makes numbers of NaN and Infinity, which JSON does not have.
+NAN_IS_NULL = {"parse_constant": lambda name: None}
 
 
 def read_rows(path: str) -> Iterator[dict]:
-    """Rows of a .jsonl, .csv or .parquet file. Raises InputError."""
-    with explained(f"--data {path}: it cannot be read", "give a .jsonl, .csv or .parquet file"):
-        if str(path).lower().endswith(".csv"):
-            warnings.simplefilter("error", pandas.errors.ParserWarning)     # of a longer row
-            rows = pandas.read_csv(path, dtype=str, na_filter=False, index_col=False)
-            yield from rows.to_dict("records")
-        elif str(path).lower().endswith(".parquet"):
-            rows = json.dumps(pyarrow.parquet.read_table(path).to_pylist(), default=str)
-            yield from json.loads(rows, object_hook=without_none)
-        else:
-            with open(path, encoding="utf-8-sig") as file:
-                yield from (json.loads(line) for line in file if line.strip())
+    """The rows of a .jsonl, .csv or .parquet file. Raises an error that names the broken line."""
+    if str(path).lower().endswith(".csv"):
+        yield from read_csv(path)
+    elif str(path).lower().endswith(".parquet"):
+        for batch in pyarrow.parquet.read_table(path).to_batches():
+            rows = json.dumps(batch.to_pylist(), default=json_value)
+            yield from json.loads(rows, object_hook=without_none, **NAN_IS_NULL)
+    else:
+        yield from read_jsonl(path)
+
+
+def read_jsonl(path: str) -> Iterator[dict]:
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            text = line.decode("utf-8-sig").strip()
+            rows = [json.loads(text, **NAN_IS_NULL)] if text else []
+        except json.JSONDecodeError as error:           # its own line number is always 1
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from error
+        yield from rows
+
+
+def read_lines(path: str) -> Iterator[bytes]:
+    """The lines of a file, beside a bar that shows how much of it is read."""
+    bar = tqdm(desc=Path(path).name, total=os.path.getsize(path), unit="B", unit_scale=True,
+               disable=None)
+    with open(path, "rb") as file, bar:
+        for line in file:
+            yield line
+            bar.update(len(line))
+
+
+def read_csv(path: str) -> Iterator[dict]:
+    csv.field_size_limit(10**9)                         # a conversation with its tools is long
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file, strict=True)
+        try:
+            for row in rows:
+                if None in row:
+                    raise csv.Error("it has more fields than the header")
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"line {rows.reader.line_num}: {error}; quotes in a CSV field are "
+                             "doubled") from error
+
+
+def json_value(value) -> str | None:
+    """What Parquet has and JSON has not: bytes of UTF-8 are text; dates and decimals become it."""
+    with suppress(UnicodeDecodeError):
+        return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def without_none(struct: dict) -> dict:
     """Parquet gives all structs of a column the same keys: those that a row lacks are None."""
     return {name: value for name, value in struct.items() if value is not None}
+
+
+def field_text(value) -> str:
+    """A row's field as text. Raises ValueError unless it is a text or a finite number."""
+    if isinstance(value, str):
+        return value
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"a field is neither text nor a number: {str(value)[:40]}")
+    return str(value)
 
 
 def key_hash(text: str) -> float:
@@ -210,9 +263,14 @@ NUMBER = re.compile(r"""
 
 
 def gsm8k_example(row: dict) -> Example:
-    question, number = row["question"].strip(), row["answer"].rpartition("####")[2]
-    prompt = f"{question}\n\nEnd your response with: Answer: <number>"
-    return Example(row["question"], user_turn(prompt), Fraction(number.replace(",", "")))
+    question, answer = field_text(row["question"]), field_text(row["answer"])
+    number = answer.rpartition("####")[2].strip()       # of "He pays 2 * 540.\n#### 1,080"
+    if "," in number and not re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", number):
+        raise ValueError(f"a comma that does not part thousands: {number}")
+    if not question.strip():
+        raise ValueError("it lacks its question")
+    prompt = f"{question.strip()}\n\nEnd your response with: Answer: <number>"
+    return Example(question, user_turn(prompt), Fraction(number.replace(",", "")))
 
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
@@ -244,10 +302,9 @@ GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {
 
 
 def gpqa_example(row: dict) -> Example:
-    values = ["" if row[name] is None else str(row[name]).strip() for name in GPQA_FIELDS]
-    if "" in values:
-        raise ValueError("it lacks its Record ID, its question or a choice")
-    key, question, *texts = values
+    key, question, *texts = values = [field_text(row[name]).strip() for name in GPQA_FIELDS]
+    if "" in values or texts[0] in texts[1:]:
+        raise ValueError("it lacks its Record ID, question or a choice, or has the right one twice")
     order = sorted(range(4), key=lambda i: key_hash(f"{key} {i}"))                  # 0 is right
     choices = "\n".join(f"({letter}) {texts[i]}" for letter, i in zip("ABCD", order))
     prompt = f"{question}\n\n{choices}\n\nEnd your response with: The correct answer is (X)"
@@ -270,11 +327,11 @@ class Gpqa(Task):
         return [1.0 if c.score else 0.1 if c.answer else 0.0 for c in completions]
 
 
-def gpqa_halves(examples: Iterable[Example], split: str) -> list[Example]:
+def gpqa_half(path: str, split: str) -> Iterator[dict]:
     """Half of gpqa_extended's 546 records by their ids' hashes: 273 held out, as in the paper."""
-    examples = sorted(examples, key=lambda example: key_hash(example.key))
-    middle = len(examples) // 2
-    return examples[:middle] if split == "test" else examples[middle:]
+    rows = sorted(read_rows(path), key=lambda row: key_hash(str(row.get("Record ID")).strip()))
+    middle = len(rows) // 2
+    yield from rows[:middle] if split == "test" else rows[middle:]
 
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
@@ -316,16 +373,26 @@ def toolmind_example(row: dict) -> Example:
     if not is_chat or "system" in roles[1:] or not calls_of(target):
         raise ValueError("no call at its end, or a history that chat templates refuse")
     for turn in history:
-        content = turn.get("content") or ""             # a text, or other data: results of tools
-        text = content if isinstance(content, str) else json.dumps(content)
+        text = text_of(turn)
         text = (without_thought(text) if turn["role"] == "assistant" else text).strip()
         message = {"role": turn["role"], "content": user_turn(text)[0]["content"] if text else []}
         calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}
                  for name, arguments in calls_of(turn)]
         messages.append({**message, "tool_calls": calls} if calls else message)
     tools = [tool_schema(tool) for tool in parsed(row["tools"])]
-    key = str(history[roles.index("user")].get("content"))
+    key = first_user_message(history)
     return Example(key, messages, comparable(calls_of(target), tools), tools)
+
+
+def text_of(turn: dict) -> str:
+    """The text of a turn. Parts of text are joined; a tool's result may be any data, as JSON."""
+    content = "" if turn.get("content") is None else turn["content"]
+    if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(field_text(part["text"]) for part in content)
+    if turn["role"] == "tool" and not isinstance(content, str):
+        return json.dumps(content, ensure_ascii=False)
+    return field_text(content)
 
 
 def canonical(value, schema):
@@ -425,12 +492,52 @@ class ToolMind(Task):
         return rewards
 
 
-def toolmind_share(examples: Iterable[Example], split: str) -> list[Example]:
-    """Conversations whose first user message hashes into 1 % are held out. Each split uses its rows
-    with the smallest hashes, sorted: 2,000 to test, as in the paper, 8,192 to train."""
-    in_split = (e for e in examples if (key_hash(e.key) < 0.01) == (split == "test"))
-    most = 2000 if split == "test" else 8192
-    return nsmallest(most, in_split, key=lambda example: key_hash(str(example.messages)))
+def toolmind_rows(path: str, split: str) -> Iterator[dict]:
+    """The rows of a split of the hub's file, whose 2.3 GB are hashed, but parsed only as far as the
+    rows are used: conversations whose first user message hashes into 1 % are held out, and the rows
+    of a split come in the order of their lines' hashes."""
+    places, position = [], 0
+    for line in read_lines(path):
+        text = line.decode("utf-8-sig", "replace").strip()
+        if text and is_held_out(text) == (split == "test"):
+            places.append((key_hash(text), position))
+        position += len(line)
+    with open(path, "rb") as file:
+        for _, position in sorted(places):
+            file.seek(position)
+            row = {}                                    # what a broken line leaves is no example
+            with suppress(ValueError, RecursionError):
+                row = json.loads(file.readline().decode("utf-8-sig"), **NAN_IS_NULL)
+            yield row
+
+
+def is_held_out(line: str) -> bool:
+    try:
+        return key_hash(first_user_message(first_turns(line))) < 0.01
+    except Exception:                                   # it is no example: either split may have it
+        return False
+
+
+BEGINNING = re.compile(r'\{\s*"conversations"\s*:\s*\[')            # {"conversations": [
+DECODER = json.JSONDecoder()                            # to make one costs as much as to use it
+
+
+def first_turns(line: str) -> Iterator[dict]:
+    """The turns of a row, of which no more is parsed than is asked for; a row that begins with
+    another field is parsed whole."""
+    start = BEGINNING.match(line)
+    if not start:
+        yield from parsed(json.loads(line)["conversations"])
+        return
+    position = start.end()
+    while True:
+        turn, position = DECODER.raw_decode(line, line.index("{", position))
+        yield turn
+
+
+def first_user_message(turns: Iterable[dict]) -> str:
+    """What tells a conversation from others: all of its rows have it."""
+    return next(text_of(turn) for turn in turns if turn["role"] == "user")
 
 
 TASKS = {
@@ -523,21 +630,87 @@ def count_tokens(processor, example: Example, image=None) -> int:
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 
-def drop_long(processor, examples: list, max_tokens: int, first_requests: dict) -> list[Example]:
-    """The examples whose prompts have at most `max_tokens` tokens, with what the longest arm adds.
-    `first_requests`: {arm: its request of the first example}. Raises InputError if none is left."""
+def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) -> list[Example]:
+    """The examples whose prompts the model takes, of at most `max_tokens` tokens with what the
+    longest of `arms` adds, {name: arm as in arm_requests}. Raises InputError if none is left."""
+    examples, prompts = sound_prompts(processor, examples)
+    counts = []
+    for start in tqdm(range(0, len(prompts), 256), "counting tokens", disable=None):
+        ids = processor.tokenizer(prompts[start:start + 256], **TEMPLATED)["input_ids"]
+        counts.extend(len(prompt_ids) for prompt_ids in ids)
     longest = 0
-    for name, (example, picture) in first_requests.items():
+    for name, arm in arms.items():
+        (example, picture), = arm_requests(processor, examples[:1], arm, size=size)
         with explained(f"{name}: the model's processor refuses it", "give another picture"):
             longest = max(longest, count_tokens(processor, example, picture))
         if picture is not None and is_resized(processor, *picture.size):
             print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
-    more = longest - count_tokens(processor, examples[0]) + 2   # 2: a string may merge with it
-    fit = [e for e in examples if count_tokens(processor, e) + more <= max_tokens]
+    more = longest - counts[0] + 2                      # 2: a string may merge with the question
+    fit = [e for e, count in zip(examples, counts) if count + more <= max_tokens]
     print(f"{len(fit)} of {len(examples)} prompts fit into {max_tokens} tokens", file=sys.stderr)
     if not fit:
         raise InputError("--max-model-len: it has no room for any prompt; raise it.")
     return fit
+
+
+def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], list[str]]:
+    """The examples that the model's chat template shows whole, and their prompts; the others are
+    left out and counted. Raises InputError if none is left, or if a part is often hidden."""
+    tokens = processor.tokenizer.added_tokens_decoder.values()
+    special = [str(token) for token in tokens if token.special]                 # "<|image_pad|>"
+    kept, prompts, faults, held, hidden = [], [], [], Counter(), Counter()
+    for example in tqdm(examples, "rendering prompts", disable=None):
+        texts = json.dumps([example.messages, example.tools], ensure_ascii=False)
+        if found := [token for token in special if token in texts]:
+            faults.append(f"it holds {found[0]}, a special token of the model")
+            continue
+        try:
+            prompt = render(processor, example)
+            prompt.encode()                             # raises for lone surrogates
+        except Exception as error:                      # templates raise what they like
+            faults.append(f"the model's chat template refuses it ({one_line(error)})")
+            continue
+        shown = parts_shown(example, prompt)
+        lost = [part for part in shown if not shown[part]]
+        held.update(shown.keys())
+        hidden.update(lost)
+        if lost:
+            faults.append(f"the model's chat template does not show its {lost[0]}")
+        else:
+            kept.append(example)
+            prompts.append(prompt)
+    # A single odd row is left out, but where more than a tenth lose a part, the template is wrong.
+    often = [f"the {part} of {count} out of {held[part]} rows"
+             for part, count in hidden.items() if count > held[part] / 10]
+    if often:
+        raise InputError(f"--model: its chat template does not show {', '.join(often)}: give a "
+                         "model whose template does, or mend its chat_template.jinja.")
+    said = f"{len(faults)} of {len(examples)} rows left out, of the first one: {[*faults, ''][0]}"
+    if not kept:
+        raise InputError(f"--model: {said}: give another model, or other --data.")
+    if faults:
+        print(said, file=sys.stderr)
+    return kept, prompts
+
+
+def parts_shown(example: Example, prompt: str) -> dict[str, bool]:
+    """Whether the prompt shows each part that the example has: {"tools": True, "calls": False}.
+    A name must stand there as often as the example has it: once for a tool, once for each call."""
+    said = [("tools", str(tool["function"]["name"])) for tool in example.tools or ()]
+    for message in example.messages:
+        calls, content = message.get("tool_calls") or (), message.get("content") or ()
+        said += [("earlier calls", str(call["function"]["name"])) for call in calls]
+        if message["role"] != "assistant":              # some templates show only its calls
+            texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
+            said += [(f"{message['role']} messages", text.strip()) for text in texts]
+    shown, times = {}, Counter()
+    for part, text in said:
+        times[text] += 1
+        forms = {text, json.dumps(text, ensure_ascii=False)[1:-1]}      # as it is, or within JSON
+        count = sum(prompt.count(form) for form in forms)
+        count -= prompt.count(f"'text': {text!r}")      # of a list of parts as Python prints it
+        shown[part] = shown.get(part, True) and count >= times[text]
+    return shown
 
 
 def is_resized(processor, width: int, height: int) -> bool:
@@ -568,7 +741,8 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
-    print("starting vLLM (on a GPU the first start compiles for minutes)", file=sys.stderr)
+    print("starting vLLM: it loads the model and sets memory aside; on a GPU the first start "
+          "compiles for minutes", file=sys.stderr)
     with explained(f"--model {model}: vLLM cannot start it", "change --gpu-memory-utilization, set "
                    "VLLM_LOGGING_LEVEL=INFO to see more, or without a GPU see tests/cpu/setup.sh"):
         import torch
@@ -802,8 +976,8 @@ def score_arms(args, llm=None):
     processor = load_processor(args.model)
     requests = partial(arm_requests, processor, random_seed=args.random_seed, size=args.size)
     examples = task.load("test", args.data, args.limit)
-    first = {name: requests(examples[:1], arm)[0] for name, arm in arms.items()}
-    examples = drop_long(processor, examples, args.max_model_len - args.max_new_tokens, first)
+    max_tokens = args.max_model_len - args.max_new_tokens
+    examples = drop_long(processor, examples, max_tokens, arms, args.size)
     sampling = {"temperature": args.temperature, "max_tokens": args.max_new_tokens,
                 "presence_penalty": args.presence_penalty}
     with open(os.devnull if args.out is None else args.out, "a") as out:

@@ -1,49 +1,21 @@
-"""The three tasks: data in the benchmarks' own schemas, splits and prompts."""
+"""The three tasks: examples, the prompts that a chat template makes of them, and their lengths."""
 
+import copy
 import json
 import random
+import shutil
 
 import huggingface_hub
 import numpy as np
-import pandas
-import pyarrow.parquet
 import pytest
 from PIL import Image
 
+import art
 import eval as tasks
-from conftest import data, prompt
+import families
+from conftest import SEED, TINY, data, prompt
 from eval import TASKS, Example, InputError
-
-
-def write(path, rows):
-    """A file of rows, of the kind that its name's end says."""
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        pandas.DataFrame(rows).to_csv(path, index=False)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def load(task, path, rows, split="test", limit=None):
-    """The examples of rows that are written to a file."""
-    return TASKS[task].load(split, write(path, rows), limit)
-
-
-def keys_of(examples):
-    return [example.key for example in examples]
-
-
-def gpqa_row(key, **other):
-    return {"Record ID": key, "Question": f"Question {key}?", "Correct Answer": "right",
-            **{f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}, **other}
-
-
-def toolmind_row(question, **target):
-    target = target or {"tool_calls": [{"function": {"name": "stop", "arguments": None}}]}
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "", **target}]
-    return {"conversations": turns, "tools": [{"function": {"name": "stop"}}]}
+from rows import gpqa_row, gsm8k_row, keys_of, load, toolmind_row, write
 
 
 def test_the_default_prompts_end_as_the_papers():
@@ -134,108 +106,207 @@ def test_gpqa_is_divided_by_ids_whatever_the_order_of_rows(tmp_path, monkeypatch
     assert len(mine) == 546 and mine[0] in sum(halves[0], [])           # another name: used whole
 
 
-def test_toolmind_conversations_stay_on_one_side(tmp_path):
-    path, rows = tmp_path / "graphsyn.jsonl", [toolmind_row(f"q {i // 2}") for i in range(2000)]
-    train, test = (keys_of(load("toolmind", path, rows, split)) for split in ("train", "test"))
-    assert len(train) + len(test) == 2000 and not set(train) & set(test) and 4 <= len(test) <= 50
+# Prompts: what a chat template refuses, or hides --------------------------------------------------
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"function": {"name": "find", "arguments": {"what": "x"}}}]}
 
 
-@pytest.mark.parametrize("split, most", [("train", 8192), ("test", 2000)])
-def test_toolminds_rows_are_chosen_by_hash(tmp_path, monkeypatch, split, most):
-    """Whatever the order of rows; and a smaller --limit is the beginning of a larger one."""
-    real = tasks.key_hash
-    held_out = real if split == "train" else lambda text: real(text) / 100      # all are held out
-    monkeypatch.setattr(tasks, "key_hash", held_out)
-    rows = [toolmind_row(f"question {i}") for i in range(9000 if split == "train" else 2500)]
-    path = write(tmp_path / "graphsyn.jsonl", rows)
-    chosen = keys_of(TASKS["toolmind"].load(split, path))
-    assert len(chosen) == most and chosen != sorted(chosen)
-    write(tmp_path / "graphsyn.jsonl", random.Random(0).sample(rows, len(rows)))
-    for limit in (most, 7):
-        assert keys_of(TASKS["toolmind"].load(split, path, limit)) == chosen[:limit]
+def tooled(question):
+    """An example with a system message, two tools, two earlier calls at once and their results."""
+    calls = {**CALL, "tool_calls": CALL["tool_calls"] * 2}
+    row = toolmind_row(question, calls, *[{"role": "tool", "content": "found \"it\""}] * 2)
+    row["conversations"].insert(0, {"role": "system", "content": " Be brief. \n"})
+    row["tools"].append({"function": {"name": "find"}})
+    return tasks.toolmind_example(row)
 
 
-def test_what_is_no_example_is_left_out_and_counted(tmp_path, capsys):
-    """Of GPQA the rows without an id, too: they would have one hash, and stand on one side."""
-    late, alone, role, no_id = *map(toolmind_row, "cde"), gpqa_row("x")
-    role["conversations"][0]["role"] = "developer"
-    late["conversations"][:0] = [{"role": "system", "content": "x"}] * 2
-    del alone["conversations"][0], no_id["Record ID"]
-    bad = {"tool_calls": [{"function": {"name": "stop", "arguments": "none"}}]}
-    rows = [toolmind_row("a"), toolmind_row("f", tool_calls=None), toolmind_row("g", tool_calls=[]),
-            toolmind_row("h", **bad), late, alone, {"conversations": [], "tools": []}, role,
-            toolmind_row("half \ud800"), toolmind_row("b")]
-    assert keys_of(load("toolmind", tmp_path / "a.jsonl", rows)) == ["a", "b"]
-    assert "a.jsonl: 2 examples, 8 rows left out" in capsys.readouterr().err
-    rows = [gpqa_row("a"), no_id, gpqa_row(None), gpqa_row(""), gpqa_row("b"),
-            gpqa_row("c", **{"Incorrect Answer 2": None}), gpqa_row("d", Question=" ")]
-    for name in ("a.jsonl", "a.parquet"):
-        assert keys_of(load("gpqa", tmp_path / name, rows)) == ["a", "b"]
-        assert "2 examples, 5 rows left out" in capsys.readouterr().err
+def with_template(processor, change):
+    """The tiny model's processor with another chat template."""
+    processor = copy.copy(processor)
+    processor.chat_template = change(processor.chat_template)
+    assert processor.chat_template != (TINY / "chat_template.jinja").read_text()
+    return processor
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "text.parquet"])
-def test_every_kind_of_file_gives_the_same_examples(tmp_path, suffix):
-    """Under a name that is no pattern. Nested columns are JSON text in CSV, and may be in Parquet,
-    whose structs have all columns: those that a row lacks are None there, and not here."""
-    path = tmp_path / f"r[o]w? *{{s}}.{suffix}"
-    rows = [{"question": f"What is {i} + 1?\n\u00e9", "answer": f"#### {i + 1}"} for i in range(5)]
-    assert load("gsm8k", path, rows) == list(map(tasks.gsm8k_example, rows))
-    assert len(load("gsm8k", path, rows, limit=2)) == 2
-    rows = [gpqa_row("r", **dict(zip(tasks.GPQA_FIELDS[2:], ["None", "NA", "0.50", "1e3"])))]
-    assert load("gpqa", path, rows) == list(map(tasks.gpqa_example, rows))
-    rows = [json.loads(line) for line in open(data("toolmind", "train"))][:50]
-    texts = [{name: json.dumps(value) for name, value in row.items()} for row in rows]
-    written = texts if suffix in ("csv", "text.parquet") else rows
-    assert load("toolmind", path, written) == list(map(tasks.toolmind_example, rows))
+NO_TOOLS = "{%- set tools = none %}"
+HIDING = [                              # the part that is named, what is replaced, by what
+    ("tools", "{%- if tools %}", NO_TOOLS + "{%- if tools %}"),
+    ("earlier calls", "m.tool_calls or []", "[]"),
+    ("earlier calls", "m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+    ("system messages", "say(messages[0].content)", "''"),
+    ("tool messages", "m.role != 'system'", "m.role not in ['system', 'tool']"),
+    ("user messages", "part.text", "''"),
+    ("user messages", "{%- for part in content %}", "{%- for part in [] %}"),
+    # A template for texts alone prints parts as Python does: [{'type': 'text', 'text': 'Where?'}].
+    ("user messages", "{%- if content is string %}", "{%- if content %}")]
 
 
-def test_blank_lines_byte_order_marks_and_a_column_in_the_last_row_do_no_harm(tmp_path):
-    row = json.dumps({"question": "x" * 1000, "answer": "#### 1"}) + "\n"
-    late = {"answer": "#### 2", "note": {"by": "me"}, "question": "last"}
-    text = f"\ufeff\n\n{row * 16_000}   \r\n{json.dumps(late)}\n\n\n"
-    (tmp_path / "a.jsonl").write_text(text, encoding="utf-8")
-    examples = TASKS["gsm8k"].load("test", str(tmp_path / "a.jsonl"))
-    assert len(examples) == 16_001 and examples[-1] == tasks.gsm8k_example(late)
-    (tmp_path / "a.csv").write_text("question,answer\nq,#### 1\n\nq,#### 2\n\n", "utf-8-sig")
-    assert len(TASKS["gsm8k"].load("test", str(tmp_path / "a.csv"))) == 2
+@pytest.mark.parametrize("others", [0, 30])
+@pytest.mark.parametrize("part, shown, instead", HIDING)
+def test_a_template_that_hides_a_part_is_refused(processor, part, shown, instead, others):
+    """Also where few of the rows have this part."""
+    hiding = with_template(processor, lambda text: text.replace(shown, instead))
+    examples = [tasks.toolmind_example(toolmind_row(f"q {i}")) for i in range(others)]
+    examples.insert(others // 2, tooled("Where is it?"))
+    rows = others + 1 if part in ("tools", "user messages") else 1
+    with pytest.raises(InputError, match=f"does not show .*the {part} of {rows} out of {rows} row"):
+        tasks.sound_prompts(hiding, examples)
 
 
-def test_a_file_is_read_as_far_as_it_is_needed(tmp_path):
-    """ToolMind's file has 2.3 GB: rows come one at a time. This one's end cannot be read."""
-    rows = [{"question": f"q{i}", "answer": "#### 1"} for i in range(2000)]
-    path = write(tmp_path / "a.jsonl", rows)
-    with open(path, "ab") as file:
-        file.write(b'{"\xff')
-    assert len(TASKS["gsm8k"].load("test", path, 9)) == 9
-    with pytest.raises(InputError, match=r"a\.jsonl: it cannot be read \(.utf-8"):
-        TASKS["gsm8k"].load("test", path)
+def test_a_template_that_shows_all_parts_is_taken(processor):
+    examples = [tooled("Where is it?"), tasks.toolmind_example(toolmind_row("q"))]
+    assert tasks.sound_prompts(processor, examples)[0] == examples
 
 
-@pytest.mark.parametrize("name, content, reason", [
-    ("none.jsonl", None, "No such file"), ("a.txt", "x", "give a .jsonl, .csv or"),
-    ("a.jsonl", "{", "cannot be read"), ("a.csv", "q\n1", "no row is usable .*'question'"),
-    ("a.jsonl", "[1]", "TypeError: "), ("a.jsonl", "", "empty split"),
-    ("a.jsonl", "7", "TypeError: "), ("a.parquet", "x", "cannot be read"),
-    ("a.jsonl", "[" * 10**6, "cannot be read"), ("a.csv", "q,a\n1,2,3\n", "Length of header"),
-    ("a.csv", 'q\n"1', "EOF inside"),
-    ("a.jsonl", '{"question": "x", "answer": "y"}', "Invalid literal")])
-def test_wrong_data_ends_in_one_sentence(tmp_path, name, content, reason):
-    """Where no row can be used, the first one's error is in it."""
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=reason) as error:
-        TASKS["gsm8k"].load("test", str(tmp_path / name))
-    assert name in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("printed", [
+    "{{- f.name }}", "{{- f.name | tojson }}", "{{- tool | tojson }}"])
+@pytest.mark.parametrize("name", ["find", "f\u00fcr \"alle\"", "a\\b", "stop"])
+def test_a_name_is_found_as_it_is_and_within_json(processor, name, printed):
+    row = toolmind_row("q", {**CALL, "tool_calls": [{"name": name, "arguments": {}}] * 2})
+    row["tools"].append({"name": name})
+    example, shown = tasks.toolmind_example(row), "{{- '\\n' + f.name"
+    other = with_template(processor, lambda text: text.replace(shown, printed + "{{- ''", 1))
+    assert tasks.sound_prompts(other, [example])[0] == [example]
+
+
+def test_a_name_that_is_no_text_leaves_its_row_out(processor):
+    rows = [toolmind_row("a"), toolmind_row("b"), toolmind_row("c", {
+        **CALL, "tool_calls": [{"name": 7, "arguments": {}}]})]
+    rows[0]["tools"].append({"name": 7})
+    examples = [tasks.toolmind_example(row) for row in rows]
+    assert keys_of(tasks.sound_prompts(processor, examples)[0]) == ["b"]
+
+
+def test_a_tool_whose_name_is_a_number_is_found(processor):
+    row = toolmind_row("q")
+    row["tools"].append({"name": 7})
+    printing = with_template(processor, lambda text: "{{ tools | tojson }}" + text.replace(
+        "if tools", "if false"))
+    example = tasks.toolmind_example(row)
+    assert tasks.sound_prompts(printing, [example])[0] == [example]
+
+
+def test_a_single_row_of_which_something_is_hidden_is_left_out(processor, capsys):
+    """Such as a tool whose name the template writes otherwise."""
+    odd = with_template(processor, lambda text: text.replace("f.name", "f.name.replace('&', '+')"))
+    examples = [tasks.toolmind_example(toolmind_row(f"q {i}")) for i in range(20)]
+    row = toolmind_row("odd")
+    row["tools"] = [{"name": "a&b"}]
+    assert tasks.sound_prompts(odd, [tasks.toolmind_example(row), *examples])[0] == examples
+    said = "1 of 21 rows left out, of the first one: the model's chat template does not show its to"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [art, tasks])
+def test_both_programs_end_where_the_template_hides_the_tools(program, tmp_path, capsys):
+    """A model of one's own with another chat template, before an engine is started."""
+    shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(NO_TOOLS + template.read_text())
+    flags = [*([SEED] if program is tasks else ["--out", tmp_path / "run"]), "--task", "toolmind",
+             "--data", data("toolmind", "test"), "--model", tmp_path / "model"]
+    with pytest.raises(SystemExit) as exit:
+        program.main([*map(str, flags)])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2
+    assert "error: --model: its chat template does not show the tools" in last
+
+
+REFUSE = ("{%- for m in messages %}{%- if m.role == 'tool' %}"
+          "{{- raise_exception('Roles must\\nalternate!') }}{%- endif %}{%- endfor %}")
+
+
+def test_rows_that_the_template_refuses_are_left_out_and_counted(processor, capsys):
+    """By raise_exception, or by any error of its own; an engine never sees them."""
+    examples = [tooled("a"), tasks.toolmind_example(toolmind_row("b")), tooled("c")]
+    for refusal, reason in (REFUSE, "Roles must alternate!"), (
+            "{{- messages[2].nothing.more if messages[2] }}", "has no attribute"):
+        strict = with_template(processor, lambda text: refusal + text)
+        kept = tasks.drop_long(strict, examples, 500, {"none": "none"})
+        said = capsys.readouterr().err
+        assert keys_of(kept) == ["b"] and "1 of 1 prompts fit" in said
+        assert "2 of 3 rows left out, of the first one: the model's chat template refuses" in said
+        assert reason in said
+
+
+def test_a_template_that_refuses_all_rows_is_quoted(processor):
+    strict = with_template(processor, lambda text: REFUSE + text)
+    with pytest.raises(InputError, match=r"--model: 2 of 2 rows .* it \(Roles must alternate!\):"):
+        tasks.sound_prompts(strict, [tooled("a"), tooled("b")])
+
+
+def test_a_lone_surrogate_in_a_tool_leaves_its_row_out(processor):
+    """No tokenizer takes it."""
+    row = toolmind_row("a")
+    row["tools"][0]["function"]["description"] = "half \ud800"
+    examples = [tasks.toolmind_example(row), tasks.toolmind_example(toolmind_row("b"))]
+    assert keys_of(tasks.sound_prompts(processor, examples)[0]) == ["b"]
+
+
+# Prompts: the model's own special tokens ----------------------------------------------------------
+
+
+def test_a_row_that_holds_the_image_placeholder_is_left_out_wherever_it_stands(processor, capsys):
+    """And the other special tokens; a tool call's tags are ordinary text."""
+    result = {"role": "tool", "content": {"a": ["<|vision_end|>"]}}
+    call = {**CALL, "tool_calls": [{"name": "stop", "arguments": {"what": "<|im_end|>"}}]}
+    rows = [toolmind_row("what is <|image_pad|>?"), toolmind_row("a", result), toolmind_row("b"),
+            toolmind_row("c", call), toolmind_row("<tool_call> <|image_pad |>"), toolmind_row("d")]
+    rows[-1]["tools"][0]["function"]["description"] = "<|video_pad|>"
+    examples = [tasks.toolmind_example(row) for row in rows]
+    kept = tasks.drop_long(processor, examples, 500, {"--seed": Image.new("RGB", (256, 256))})
+    assert keys_of(kept) == ["b", "<tool_call> <|image_pad |>"]
+    assert "4 of 6 rows left out, of the first one: it holds <|image_pad|>, a special token" in (
+        capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_the_image_placeholder_of_every_family_is_special(name, tmp_path):
+    families.make_processor(name, tmp_path)
+    other = tasks.load_processor(tmp_path)
+    rows = [gsm8k_row("How many?"), gsm8k_row(f"How many {other.image_token}?")]
+    kept, _ = tasks.sound_prompts(other, [tasks.gsm8k_example(row) for row in rows])
+    assert keys_of(kept) == ["How many?"]
+
+
+# Prompts: their lengths ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", *families.FAMILIES])
+def test_tokens_counted_in_a_batch_are_the_processors_own(name, tmp_path, questions, monkeypatch):
+    """With the picture: to the token, whatever the model makes of text and image."""
+    if name != "tiny":
+        families.make_processor(name, tmp_path)
+    processor = tasks.load_processor(TINY if name == "tiny" else str(tmp_path))
+    side = name != "tiny" and families.FAMILIES[name][-1] or 256
+    picture = tasks.random_picture(side, side, 0)
+    requests = tasks.arm_requests(processor, questions[:20], picture)
+    own = [tasks.count_tokens(processor, *request) + 2 for request in requests]
+    for most in {*own}:
+        kept = tasks.drop_long(processor, questions[:20], most, {"--seed": picture})
+        assert kept == [e for e, count in zip(questions, own) if count <= most]
 
 
 def test_too_long_prompts_are_left_out_to_the_token(processor, questions, capsys):
-    requests = tasks.arm_requests(processor, questions[:20], tasks.random_picture(256, 256))
+    picture = tasks.random_picture(256, 256)
+    requests = tasks.arm_requests(processor, questions[:20], picture)
     longest = max(tasks.count_tokens(processor, *request) for request in requests)
-    arms = {"none": (questions[0], None), "random": requests[0]}
+    arms = {"none": "none", "a.png": picture}
     kept = [tasks.drop_long(processor, questions[:20], most, arms)
             for most in (longest + 2, longest - 1)]
     assert kept[0] == questions[:20] and 0 < len(kept[1]) < 20
     assert f"{len(kept[1])} of 20 prompts fit into {longest - 1} tokens" in capsys.readouterr().err
     with pytest.raises(InputError, match="--max-model-len: .* no room for any prompt; raise it"):
         tasks.drop_long(processor, questions[:20], 9, arms)
+
+
+def test_the_largest_random_picture_has_room(processor, questions):
+    """Where `random --size N` is the longest arm."""
+    picture = tasks.random_picture(384, 384, 0)
+    more = [tasks.count_tokens(processor, *tasks.arm_requests(processor, [e], picture)[0]) + 2
+            for e in questions[:20]]
+    most = sorted(more)[10]
+    arms = {"none": "none", "random": "random"}
+    kept = tasks.drop_long(processor, questions[:20], most, arms, 384)
+    assert kept == [e for e, count in zip(questions, more) if count <= most]
