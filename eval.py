@@ -543,9 +543,9 @@ def first_user_message(turns: Iterable[dict]) -> str:
 TASKS = {
     "gsm8k": Task(gsm8k_example, gsm8k_answer, paper_answer=gsm8k_paper_answer,
                   hub="openai/gsm8k main/{split}-00000-of-00001.parquet"),
-    "gpqa": Gpqa(gpqa_example, gpqa_answer, divide=gpqa_halves,
+    "gpqa": Gpqa(gpqa_example, gpqa_answer, divide=gpqa_half,
                  hub="Idavidrein/gpqa gpqa_extended.csv"),
-    "toolmind": ToolMind(toolmind_example, toolmind_answer, divide=toolmind_share,
+    "toolmind": ToolMind(toolmind_example, toolmind_answer, divide=toolmind_rows,
                      hub="Nanbeige/ToolMind graph_syn_datasets/graphsyn.jsonl"),
 }
 

@@ -99,6 +99,19 @@ def seed():
     return art.load_seed(SEED, 256)
 
 
+def score(task, example, text):
+    """1.0 if the text answers the example rightly, else 0.0."""
+    (_, found), = tasks.TASKS[task].judge([example], [text])
+    return found
+
+
+def reward(task, example, text):
+    """The training reward of one completion."""
+    (answer, found), = tasks.TASKS[task].judge([example], [text])
+    completion = art.Completion("", [], [], None, text, answer=answer, score=found)
+    return tasks.TASKS[task].rewards(example, [completion])[0]
+
+
 def prompt(processor, example):
     """The rendered prompt of an example behind the image."""
     return tasks.render(processor, tasks.prepend(tasks.IMAGE, example))

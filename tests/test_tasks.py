@@ -13,7 +13,7 @@ from PIL import Image
 import art
 import eval as tasks
 import families
-from conftest import SEED, TINY, data, prompt
+from conftest import SEED, TINY, data, prompt, score
 from eval import TASKS, Example, InputError
 from rows import gpqa_row, gsm8k_row, keys_of, load, toolmind_row, write
 
@@ -66,7 +66,7 @@ def test_toolmind_rows_as_irregular_as_they_come():
     calls = [call["function"]["arguments"] for call in example.messages[2]["tool_calls"]]
     assert calls == [{"people": 1}, {}] and example.key == "Hi"
     text = '<tool_call>{"name": "stop", "arguments": {}}</tool_call>'
-    assert TASKS["toolmind"].score(example, text) == 1
+    assert score("toolmind", example, text) == 1
 
 
 SCHEMA = {"type": "object", "properties": {"room": {"type": "string"}}, "required": ["room"]}
