@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import partial, reduce
 from heapq import nsmallest
-from itertools import islice
+from itertools import chain, islice
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -144,20 +145,44 @@ def user_turn(text: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 
-# What a completion claims; tests/test_scorers.py has an answer for each part of these patterns ----
+# What a completion gives as its answer ------------------------------------------------------------
+# The format that the prompt asks for outranks everything else: of GSM8K "Answer:", of GPQA "The
+# correct answer is". Only where nothing can be read behind it do the marks below it count. Of one
+# kind of mark the last counts. tests/test_scorers.py has an answer for each part of the patterns.
 
-MARK = re.compile(r"""
-    (?P<wrong> \b(?:wrong|incorrect|other)\s(?:\w+\s)? )?
-    (?<![a-z]) (?: answer (?!s|\s(?:choice|option)(?:s|\s*:)) | correct\ (?:option|choice) )
-    (?: [*_\s]*\n                                                   # a heading above the answer
-      | (?: (?!n[o'\u2019]t\b) [^\n:=.?!\d] ){0,20}?                # "answer in dollars: 18"
-        (?:\b(?:is|are|be)\b|[:\uff1a=>]) (?!\s(?:\w+\s)?(?:not|neither|wrong|incorrect)\b) )
-    | \\boxed\s*\{ | \#{4}(?=\s*[-\u2010-\u2013\u2212$\d.])         # as in GSM8K's own solutions
+VERB = r"""
+    (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,25}?          # "answer to the question is"
+    \b(?:is|be)\b (?!\W*(?:not|neither)\b)          # but "answer is not" is no mark
+"""
+CORRECT = re.compile(r"\bcorrect\s(?:answer|option|choice)\b" + VERB, re.IGNORECASE | re.VERBOSE)
+COLON = re.compile(r"""
+    (?<!wrong\s)(?<!incorrect\s) \b (?:answer|correct\s(?:option|choice))
+    (?:\s\([^()\n]*\) | \s(?:in|to)\s[\w ]{1,30})?  # "Answer (in dollars):"
+    [*_\s]* [:=>]                                   # "**Answer**: 18", "<answer>18</answer>"
+    | ^[#*_ ]{0,9} (?:\w+\ )?answer [*_ \r]*$       # "## Final Answer", and 18 below it
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
+OTHER = re.compile(r"\banswer\b" + VERB + r"""
+    | (?<!-)(?=-?\\boxed\b)                         # "\boxed{18}", "-\boxed{18}"
+    | ^\#{4}(?=[^\w\n]*\d)                          # "#### 18", as GSM8K's own solutions end
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
+
+TYPOGRAPHY = str.maketrans("\u2010\u2011\u2012\u2013\u2212\u2019\uff1a", "-----':")
+FRACTION = re.compile(r"""
+    (?<!\d)\\[cdt]?frac\s* (?:\{\s*(-?[\d.,]+)\s*\}|(\d)) \s*(?:\{\s*(\d+)\s*\}|(\d))
+    """, re.VERBOSE)                                # "\frac{1}{2}", "\frac12"
+INVISIBLE = re.compile(r"""
+    \\[][] | \\(?:begin|end)\{[^{}\n]*\}            # "\[ 18 \]", "\begin{align*}"
+    | ```\w*$                                       # "```text", and 18 below it
+    | (?<=\n)[ \t]*[-\u2022]\s                      # "- 18" in a list below the mark
+    | \^\s*\{?\s*\\circ\b                           # "60^\circ"
+    | \{,\} | \\[,!;:\ ]                            # "1{,}080", "1\,080"
+    | \\(?![a-z]) | ["$\u20ac\u00a3\u00a5%_]        # "\$18", "50\%", "1_080"
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
+MARKUP = re.compile(r"""
+    \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
+    | \\(?:[fhm]?box|boxed|underline|left|right|q?quad|displaystyle|degree)\b       # "18\quad"
+    | [*`{}]                                        # "**18**", "`18`"
     """, re.IGNORECASE | re.VERBOSE)
-FRACTION = re.compile(r"(?<!\d)\\[cdt]?frac\s*(?:\{\s*([-\u2212]?[\d.,]+)\s*\}|(\d))"
-                      r"\s*(?:\{\s*(\d+)\s*\}|(\d))")
-INVISIBLE = re.compile(r'\{,\}|\\[,!;\ ]|\\(?![a-z])|["$\u20ac\u00a3\u00a5%_]')
-MARKUP = re.compile(r"\\(?:text|math)[a-z]*\b|\\(?:boxed|left|right)\b|[*`{}]")
 
 
 def without_thought(text: str) -> str:
@@ -166,25 +191,34 @@ def without_thought(text: str) -> str:
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-def claims(text: str) -> Iterator[str]:
-    """The lines behind "Answer:" and its like, the last first, without Markdown and LaTeX."""
-    text = without_thought(text)
-    for mark in reversed([mark for mark in MARK.finditer(text) if not mark["wrong"]]):
-        claim = FRACTION.sub(r"\1\2/\3\4 ", text[mark.end():mark.end() + 500])
+def claims(text: str, mark: re.Pattern) -> Iterator[str]:
+    """Behind each mark, the last first, the first line that says anything, without markup."""
+    text = without_thought(text).translate(TYPOGRAPHY)
+    for found in reversed(list(mark.finditer(text))):
+        claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 500])
         claim = MARKUP.sub(" ", INVISIBLE.sub("", claim))
-        claim = re.sub(r"^[\s:]*\n\s*[-\u2022]\s", "", claim)                       # a bullet below
-        yield claim.strip(": \t\r\n").partition("\n")[0]
+        yield next((line for line in claim.splitlines() if re.search(r"\w", line)), "")
 
 
 # GSM8K: the first number right of the sentence's last "="; a part of a root, power or range is none
 
+EXPLAINED = re.compile(r"""
+    (\d.*?) (?: (?<=\w)\s+\( | [.!?](?:\s|$) ).*    # "18 (= 9 * 2)", "18. That is 9 * 2."
+    """, re.VERBOSE)
+EQUALS = re.compile(r"""
+    = | \u2248 | \u2192 | \u21d2 | \\(?:approx|to|implies|rightarrow)\b | \bequals?\b
+    """, re.IGNORECASE | re.VERBOSE)
+OPERATOR = re.compile(r"[\\^\u221a]|sqrt")          # before a number: "\sqrt{324}", "2^{10}"
 NUMBER = re.compile(r"""
-    (?P<sign> ^\s*[-\u2010-\u2013\u2212]\s* | (?<![\w)])[-\u2010-\u2013\u2212]
-              | \b(?:negative|minus)\s )?
-    (?P<value> (?: \d{1,3}(?:[,'\u2019\u00a0\u2009\u202f]\d{3})+(?!\d) | \d{1,400}
-               | (?<!\w)(?=\.\d) ) (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )
-    (?P<goes_on> \s*[\d^\\\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f]
-              | \s*[-\u2010-\u2013\u2212+/x\u00d7\u00f7\u2044]\s*\d | [.,:e]\d )?
+    (?P<sign> ^\s*-\s* | (?<![\w)])-                # "- 7", "a loss of -7", but not "5-7"
+        | \b(?:negative|minus)\s )?
+    (?P<value>
+        (?: \d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+(?!\d) | \d{1,400} | (?<!\w)(?=\.\d) )
+        (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )       # "1,080", "18", ".5", "18.5", "36/2"
+    (?P<goes_on>
+        \s* \.? [\d^\\\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f]      # "18 20", "18^2"
+        | \s* (?:[-+/x\u00d7\u00f7\u2044]|times|plus|minus|(?:divided|multiplied)\ by) \s*\d
+        | [,:e]\d )?                                # "18,5", "18:30", "18e3"
     """, re.IGNORECASE | re.VERBOSE)
 
 
@@ -195,14 +229,13 @@ def gsm8k_example(row: dict) -> Example:
 
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
-    for claim in claims(text):
-        claim = re.sub(r"(\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*", r"\1", claim)
-        claim = re.split(r"=|\u2248|\\approx", claim)[-1]
-        if number := NUMBER.search(claim):
-            is_part = number["goes_on"] or re.search(r"[\\^\u221a]|sqrt", claim[:number.start()])
+    for claim in chain(claims(text, COLON), claims(text, OTHER)):
+        claim = EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1]
+        number = NUMBER.search(claim)
+        is_part = number and (number["goes_on"] or OPERATOR.search(claim[:number.start()]))
+        if number and not is_part:
             above, _, below = re.sub(r"[^\d./]", "", number["value"]).partition("/")
-            value = Fraction(above) / int(below or 1) * (-1 if number["sign"] else 1)
-            return None if is_part else value
+            return Fraction(above) / int(below or 1) * (-1 if number["sign"] else 1)
     return None
 
 
@@ -214,11 +247,17 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
     return Fraction(number[:400]) if re.search(r"\d", number) else None
 
 
-# GPQA: the bare letter that the line begins with, or else the first one in brackets ---------------
+# GPQA: the letter that the line begins with, or else the first one in brackets --------------------
 
-BARE = re.compile(r"\W*(?:(?i:option|choice|letter)\W+)?([A-D])\b(?![-\u2010-\u2013+=^\u2019]\w)")
-BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")
-ALONE = re.compile(r"\W*(?:option\W+)?([A-D])\W*(?:is (?:the )?(?:correct|right|best).*)?$", re.I)
+BEGINS = re.compile(r"""
+    \W* (?:(?i:option|choice|letter)\W+)?           # "**B**", "option (B)"
+    ([A-D])\b (?![-+=^']\w)                         # "B. copper", but not "D-glucose"
+    """, re.VERBOSE)
+BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")       # "copper (B)"
+ALONE = re.compile(r"""
+    \W* (?:option\W+)? ([A-D]) \W*                  # "b", "Option B"
+    (?:is\ (?:the\ )?(?:correct|right|best).*)?$    # "B is the best choice."
+    """, re.IGNORECASE | re.VERBOSE)
 GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in "123"))
 
 
@@ -234,10 +273,11 @@ def gpqa_example(row: dict) -> Example:
 
 
 def gpqa_answer(example: Example | None, text: str) -> str | None:
-    for claim in claims(text):
-        letter = BARE.match(claim) or BRACKETED.search(claim) or ALONE.match(claim)
-        if letter:
-            return letter[1].upper()
+    for mark in CORRECT, COLON, OTHER:
+        lines = [*claims(text, mark)]
+        for read in BEGINS.match, BRACKETED.search, ALONE.match:
+            for letter in filter(None, map(read, lines)):
+                return letter[1].upper()
     letter = ALONE.match(without_thought(text).strip().rpartition("\n")[2])     # without a mark
     return letter[1].upper() if letter else None
 
@@ -260,31 +300,44 @@ def gpqa_halves(examples: Iterable[Example], split: str) -> list[Example]:
 # (Hermes JSON, Qwen3.5 XML). Under the tool's schema: it tells whether "5" is a text, or is 5.
 
 
+# Chat templates print a lone value in XML as Python does.
+PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
 def parsed(value):
     """`value` if it is no string, else what it holds as JSON, else the string itself."""
     with suppress(TypeError, ValueError, RecursionError):
-        return json.loads(value, object_pairs_hook=unique)
+        return json.loads(PYTHON.get(value, value), object_pairs_hook=unique)
     return value
 
 
 def tool_schema(tool: dict) -> dict:
     """A tool as chat templates expect it, in the order of keys in which vLLM's server prints it."""
     tool = tool.get("function") or tool
-    schema = tool.get("parameters") or tool.get("input_schema") or tool.get("arguments")
-    schema = parsed(schema) or {}
+    names = ("parameters", "input_schema", "inputSchema", "arguments")
+    schema = parsed(next((tool[name] for name in names if tool.get(name)), {}))
     while "parameters" in schema and "type" not in schema:
         schema = schema["parameters"]                   # doubly wrapped
-    if "properties" not in schema and schema.get("type") != "object":
+    is_schema = not schema.keys().isdisjoint(("properties", "$ref", *COMBINED))
+    if not is_schema and schema.get("type") != "object":
         properties = {k: v if isinstance(v, dict) else {"type": v} for k, v in schema.items()}
         schema = {"type": "object", "properties": properties}
     return {"type": "function", "function": {
         "name": tool["name"], "description": tool.get("description") or "", "parameters": schema}}
 
 
+def call_of(call: dict) -> tuple[str, dict]:
+    """(name, arguments) of a call in JSON. Raises an error where its arguments are no object."""
+    call = call.get("function") or call
+    names = [name for name in ("arguments", "parameters") if name in call]
+    if not names and len(call) > 1:
+        raise ValueError("a call without arguments holds something else")
+    return call["name"], {**(parsed(call[names[0]] if names else None) or {})}
+
+
 def calls_of(turn: dict) -> list[tuple[str, dict]]:
-    """The calls (name, arguments) of a turn. Raises an error where arguments are no object."""
-    calls = [call.get("function") or call for call in parsed(turn.get("tool_calls")) or []]
-    return [(c["name"], dict(parsed(c.get("arguments", c.get("parameters"))) or {})) for c in calls]
+    """The calls of a turn of a conversation."""
+    return [call_of(call) for call in parsed(turn.get("tool_calls")) or []]
 
 
 def toolmind_example(row: dict) -> Example:
@@ -306,31 +359,60 @@ def toolmind_example(row: dict) -> Example:
     return Example(key, messages, comparable(calls_of(target), tools), tools)
 
 
-def canonical(value, schema):
-    """A tool argument as text where its schema says string, elsewhere as the JSON that it holds."""
-    schema = schema if isinstance(schema, dict) else {}
-    for branch in schema.get("anyOf") or schema.get("oneOf") or ():
-        if branch.get("type") != "null":
-            return canonical(value, branch)
-    python = {"True": "true", "False": "false", "None": "null"}
-    inner = parsed(python.get(str(value), value))
-    is_text = re.match(r"(\[.*')?str(ing)?\b", str(schema.get("type")), re.IGNORECASE)
-    if is_text and inner is not None:
+COMBINED = ("allOf", "anyOf", "oneOf")
+TYPES = {"string": {str}, "str": {str}, "boolean": {bool}, "bool": {bool}, "integer": {int},
+         "int": {int}, "number": {int, float}, "float": {int, float}, "array": {list},
+         "list": {list}, "object": {dict}, "dict": {dict}}
+
+
+def schemas_of(schema, root: dict) -> Iterator[dict]:
+    """A schema, and those that it combines or refers to ("#/$defs/City", from `root` on)."""
+    if isinstance(schema, dict):
+        yield schema
+        inner = [part for name in COMBINED for part in schema.get(name) or ()]
+        if "$ref" in schema:
+            inner.append(reduce(getitem, schema["$ref"].split("/")[1:], root))
+        for part in inner:
+            yield from schemas_of(part, root)
+
+
+def types_of(schemas: list[dict]) -> set[type]:
+    """The types of Python's values that one of the schemas names."""
+    types = {type(value) for schema in schemas for value in schema.get("enum") or ()}
+    words = re.findall(r"[a-z]+", str([schema.get("type") for schema in schemas]).lower())
+    return types.union(*[TYPES.get(word, ()) for word in words])
+
+
+def canonical(value, schema, root: dict):
+    """A tool's argument as the JSON that it holds; but as text where its schema says string, and
+    does not name that JSON's type, too. `root`: the tool's whole schema."""
+    schemas = list(schemas_of(schema, root))
+    types, inner = types_of(schemas), parsed(value)
+    if str in types and inner is not None and type(inner) not in types - {str}:
         is_plain = isinstance(value, str) and not isinstance(inner, (dict, list))
         return value if is_plain else json.dumps(inner, sort_keys=True)
     if isinstance(inner, dict):
-        named, other = schema.get("properties") or {}, schema.get("additionalProperties")
-        return {name: canonical(item, named.get(name, other)) for name, item in inner.items()}
+        named = [schema.get("properties") or {} for schema in schemas]
+        other = [schema.get("additionalProperties") for schema in schemas]
+        found = {}
+        for name, item in inner.items():
+            own = [properties[name] for properties in named if name in properties]
+            found[name] = canonical(item, {"anyOf": own or other}, root)
+        return found
     if isinstance(inner, list):
-        return [canonical(item, schema.get("items")) for item in inner]
+        items = {"anyOf": [schema.get("items") for schema in schemas]}
+        return [canonical(item, items, root) for item in inner]
     return int(inner) if isinstance(inner, float) and inner.is_integer() else inner
 
 
 def comparable(calls: list[tuple[str, dict]], tools: list[dict]) -> Counter:
     """Calls (name, arguments) as a multiset; equal to another if both ask for the same."""
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-    return Counter((name, json.dumps(canonical(arguments, schemas.get(name)), sort_keys=True))
-                   for name, arguments in calls)
+    texts = []
+    for name, arguments in calls:
+        schema = schemas.get(name)
+        texts.append((name, json.dumps(canonical(arguments, schema, schema), sort_keys=True)))
+    return Counter(texts)
 
 
 CALL = re.compile(r"(?s)<think>.*?(?:</think>|$)|</think>|<tool_call>\s*(?:<function=([^<>]+)>)?")
@@ -356,8 +438,7 @@ def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
         arguments = unique(pairs)
     else:
         call, position = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, position)
-        name = str(call["name"])
-        arguments = parsed(call["arguments"] if len(call) > 1 else None) or {}
+        name, arguments = call_of(call)
     end = CALL_END.match(text, position)
     if not end or bool(end[1]) != bool(start[1]):
         raise ValueError("the call is not closed")
@@ -374,8 +455,8 @@ def read_calls(text: str) -> list[tuple[str, dict]]:
         try:
             name, arguments, position = read_call(text, start)
             calls.append((name, arguments))
-        except (KeyError, TypeError, ValueError, RecursionError):
-            position = text.index("</think>", start.end())  # it was thought aloud; else ValueError
+        except Exception:                               # a draft in a thought; else a ValueError
+            position = text.index("</think>", start.end())
     return calls
 
 
