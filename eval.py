@@ -27,6 +27,7 @@ from heapq import nsmallest
 from itertools import chain, islice
 from operator import getitem
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import pandas
@@ -496,17 +497,29 @@ TASKS = {
 # Pictures -----------------------------------------------------------------------------------------
 
 
+def scale_transparent_colour(picture: Image.Image):
+    """Pillow reads a PNG's values of 2, 4 or 16 bits as 8 bits, but not its transparent colour."""
+    raw_mode = str(picture.tile[0].args) if picture.tile else ""
+    colour = picture.info.get("transparency")
+    if colour is not None and raw_mode in ("L;2", "L;4"):
+        picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
+    if colour is not None and raw_mode == "RGB;16B":
+        picture.info["transparency"] = tuple(value // 256 for value in colour)
+
+
 def open_picture(path: str) -> Image.Image:
     """Any picture as RGB, rotated by its EXIF, on mid-grey where transparent. Raises InputError."""
     with explained(f"{path}: it is no readable picture", "give another, or save it as PNG"):
         picture = Image.open(path)
-        with suppress(TypeError, ValueError):           # broken EXIF data: the picture as it lies
+        scale_transparent_colour(picture)
+        with suppress(Exception):                       # broken EXIF data: the picture as it lies
             picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("F", "I"):
             raise ValueError("32 bits a value")
         if picture.mode.startswith("I;16"):             # 16-bit grey, which PIL would clip
-            values = np.asarray(picture) / 257
-            picture = Image.fromarray(values.round().astype(np.uint8))
+            values, transparent = np.asarray(picture), picture.info.get("transparency")
+            picture = Image.fromarray((values / 257).round().astype(np.uint8))
+            picture.putalpha(Image.fromarray(values != transparent))
         if picture.has_transparency_data:
             grey = Image.new("RGBA", picture.size, (128, 128, 128, 255))
             picture = Image.alpha_composite(grey, picture.convert("RGBA"))
@@ -537,14 +550,17 @@ TEMPLATED = {"add_special_tokens": False}
 
 def load_processor(model: str):
     """The processor of `model`, a hub name or a folder. Raises InputError if it takes no image."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as MULTIMODAL
     from transformers import AutoConfig, AutoProcessor, logging
     logging.set_verbosity_error()
-    with explained(f"--model {model} cannot be loaded", f"correct the name, or {HUB}"):
-        AutoConfig.from_pretrained(model)               # one file: without a hub it fails soon
-        processor = AutoProcessor.from_pretrained(model)
-    if getattr(processor, "image_processor", None) is None:
-        raise InputError(f"--model {model} has no image processor, which ART needs.")
-    return processor
+    cannot, remedy = f"--model {model} cannot be loaded", f"correct the name, or {HUB}"
+    with explained(cannot, remedy):
+        config = AutoConfig.from_pretrained(model)      # one file: without a hub it fails soon
+    if type(config) not in MULTIMODAL:
+        raise InputError(f"--model {model} takes no image ({type(config).__name__}): give a "
+                         "multimodal model, such as Qwen/Qwen3.5-0.8B.")
+    with explained(cannot, remedy):
+        return AutoProcessor.from_pretrained(model)
 
 
 def prepend(part: dict, example: Example) -> Example:
@@ -703,9 +719,10 @@ class Server:
             self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1")
             models = {model.id: model for model in self.client.models.list().data}
             self.name = name or next(iter(models))
+            length = getattr(models.get(self.name), "max_model_len", None)
+            self.max_model_len = int(length or 10**9)   # some servers give a text, some nothing
         if self.name not in models:
             raise InputError(f"--served-model-name {name}: {url} serves {', '.join(models)}.")
-        self.max_model_len = getattr(models[self.name], "max_model_len", None) or 10**9
 
     def ask(self, processor, requests: list[tuple], sampling=GREEDY) -> list[tuple]:
         """As `ask_engine`; a failed question's text is None. More than one in ten: InputError."""
@@ -725,21 +742,26 @@ class Server:
         try:
             reply = self.client.chat.completions.create(
                 model=self.name, **sampling, **openai_request(*request))
-            text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+            message, reason = reply.choices[0].message, reply.choices[0].finish_reason
             prompt_tokens, tokens = reply.usage.prompt_tokens, reply.usage.completion_tokens
-            if text is not None and (type(text) is not str or reason not in ("stop", "length")):
-                raise ValueError(f"no text, or ended by {reason}")
+            text, is_whole = message.content, reason in ("stop", "length", "tool_calls")
+            if type(text) not in (str, NoneType) or type(tokens) is not int or not is_whole:
+                raise ValueError(f"no text, no count of its tokens, or ended by {reason}")
         except Exception as error:                      # of the client, or no whole completion
             return ValueError(f"{one_line(error)}; its reply: {str(reply)[:80]}")
+        if reply.model not in (None, self.name):
+            raise InputError(f"--server: asked for {self.name}, {reply.model} answered: look for a "
+                             "router's fallback, or give --served-model-name what answers.")
         expected = count_tokens(processor, *request)
         if prompt_tokens != expected:
             raise InputError(f"--server: its prompt has {prompt_tokens} tokens, not {expected}: "
                              "look for another model, --chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
-        if text is None:
+        # A completion that ends at once is one token and no text; more are a text put elsewhere.
+        if text is None or message.tool_calls or (text == "" and tokens > 1):
             raise InputError("--server: it withholds the text of a completion: start it without "
                              "--tool-call-parser and --reasoning-parser.")
-        return text, tokens, reason == "length"
+        return text, tokens, reason == "length" or tokens >= sampling["max_tokens"]
 
 
 def openai_request(example: Example, picture: Image.Image | None) -> dict:

@@ -351,8 +351,8 @@ def test_toolmind_arguments_are_judged_by_the_tools_schema(name, reference, righ
 
 
 @pytest.mark.parametrize("name", [
-    "city", "people", "price", "quiet", "tags", "null", "map", "maybe", "room", "all", "ref", "enum",
-    "either", "node", "which"])
+    "city", "people", "price", "quiet", "tags", "null", "map", "maybe", "room", "all", "ref",
+    "enum", "either", "node", "which"])
 @pytest.mark.parametrize("text", [
     "5", "5.5", "-3", "1.10", "True", "False", "true", "null", "Oslo", "[1, 2]", '["a"]', "['a']",
     '{"a": 1}', "{'a': True}", "(1, 2)", "", '"quoted"', "1,080"])
@@ -399,7 +399,8 @@ json_values = st.recursive(
 schemas = st.recursive(
     st.none() | st.booleans() | st.integers() | st.sampled_from(["string", "object", "List[str]"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["type", "properties", "items", "anyOf", "oneOf", "additionalProperties", "x"]), inner),
+        ["type", "properties", "items", "anyOf", "oneOf", "allOf", "$ref", "enum",
+         "additionalProperties", "x"]), inner),
     max_leaves=8)
 often = settings(max_examples=300, deadline=None, derandomize=True,
                  suppress_health_check=list(HealthCheck))
