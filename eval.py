@@ -171,18 +171,16 @@ TYPOGRAPHY = str.maketrans("\u2010\u2011\u2012\u2013\u2212\u2019\uff1a", "-----'
 FRACTION = re.compile(r"""
     (?<!\d)\\[cdt]?frac\s* (?:\{\s*(-?[\d.,]+)\s*\}|(\d)) \s*(?:\{\s*(\d+)\s*\}|(\d))
     """, re.VERBOSE)                                # "\frac{1}{2}", "\frac12"
-INVISIBLE = re.compile(r"""
-    \\[][] | \\(?:begin|end)\{[^{}\n]*\}            # "\[ 18 \]", "\begin{align*}"
-    | ```\w*$                                       # "```text", and 18 below it
-    | (?<=\n)[ \t]*[-\u2022]\s                      # "- 18" in a list below the mark
-    | \^\s*\{?\s*\\circ\b                           # "60^\circ"
-    | \{,\} | \\[,!;:\ ]                            # "1{,}080", "1\,080"
-    | \\(?![a-z]) | ["$\u20ac\u00a3\u00a5%_]        # "\$18", "50\%", "1_080"
-    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
 MARKUP = re.compile(r"""
     \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
     | \\(?:[fhm]?box|boxed|underline|left|right|q?quad|displaystyle|degree)\b       # "18\quad"
-    | [*`{}]                                        # "**18**", "`18`"
+    | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
+    | \^\s*\{?\s*\\circ\b                           # "60^\circ"
+    | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
+    | (?<=\n)[ \t]*[-\u2022]\s                      # "- 18" in a list below the mark
+    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
+INVISIBLE = re.compile(r"""
+    \\[,!;:\ ] | \\(?![a-z]) | [{}"$\u20ac\u00a3\u00a5%_]       # "1\,080", "\$18", "50\%", "1_080"
     """, re.IGNORECASE | re.VERBOSE)
 
 
@@ -197,11 +195,12 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
     text = without_thought(text).translate(TYPOGRAPHY)
     for found in reversed(list(mark.finditer(text))):
         claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 500])
-        claim = MARKUP.sub(" ", INVISIBLE.sub("", claim))
+        claim = INVISIBLE.sub("", MARKUP.sub(" ", claim))
         yield next((line for line in claim.splitlines() if re.search(r"\w", line)), "")
 
 
-# GSM8K: the first number right of the sentence's last "="; a part of a root, power or range is none
+# GSM8K: right of the last "=", up to a bracket or the sentence's end, the first run of digits and
+# signs. It must be one number: "18 + 2", "18-20" and "18^2" are none.
 
 EXPLAINED = re.compile(r"""
     (\d.*?) (?: (?<=\w)\s+\( | [.!?](?:\s|$) ).*    # "18 (= 9 * 2)", "18. That is 9 * 2."
@@ -209,17 +208,18 @@ EXPLAINED = re.compile(r"""
 EQUALS = re.compile(r"""
     = | \u2248 | \u2192 | \u21d2 | \\(?:approx|to|implies|rightarrow)\b | \bequals?\b
     """, re.IGNORECASE | re.VERBOSE)
-OPERATOR = re.compile(r"[\\^\u221a]|sqrt")          # before a number: "\sqrt{324}", "2^{10}"
+RUN = re.compile(r"""
+    (?: ^\s*-\s*(?=\.?\d) | (?<![\w)])-(?=\.?\d)    # "- 7", "a loss of -7", but not "5-7"
+        | \b(?:negative|minus)\s(?=\d)              # "minus 7"
+        | \d | (?<!\w)\.\d | [\^\u221a] | \\[a-z]+ | sqrt )             # "18", ".5", "\sqrt{324}"
+    (?: (?: [\d\s.,:'^()[\]+/\u00d7\u00f7\u2044-] | [xe](?=\s?\d)       # "18-20", "18:30", "18e3"
+            | \\[a-z]+ | times | plus | minus | (?:divided|multiplied)\ by )*
+        (?: \d | \\[a-z]+ | [\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f] ) )?  # "18\u00b2"
+    """, re.IGNORECASE | re.VERBOSE)
 NUMBER = re.compile(r"""
-    (?P<sign> ^\s*-\s* | (?<![\w)])-                # "- 7", "a loss of -7", but not "5-7"
-        | \b(?:negative|minus)\s )?
-    (?P<value>
-        (?: \d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+(?!\d) | \d{1,400} | (?<!\w)(?=\.\d) )
-        (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )       # "1,080", "18", ".5", "18.5", "36/2"
-    (?P<goes_on>
-        \s* \.? [\d^\\\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f]      # "18 20", "18^2"
-        | \s* (?:[-+/x\u00d7\u00f7\u2044]|times|plus|minus|(?:divided|multiplied)\ by) \s*\d
-        | [,:e]\d )?                                # "18,5", "18:30", "18e3"
+    (?P<sign> (?:-|negative|minus)\s* )?
+    (?P<above> (?:\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+ | \d{0,400}) (?:\.\d{1,400})? )
+    (?: \s?/\s? (?P<below>[1-9]\d{0,399}) )?        # "1,080", ".5", "36/2"
     """, re.IGNORECASE | re.VERBOSE)
 
 
@@ -231,12 +231,10 @@ def gsm8k_example(row: dict) -> Example:
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
     for claim in chain(claims(text, COLON), claims(text, OTHER)):
-        claim = EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1]
-        number = NUMBER.search(claim)
-        is_part = number and (number["goes_on"] or OPERATOR.search(claim[:number.start()]))
-        if number and not is_part:
-            above, _, below = re.sub(r"[^\d./]", "", number["value"]).partition("/")
-            return Fraction(above) / int(below or 1) * (-1 if number["sign"] else 1)
+        run = RUN.search(EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1])
+        if run and (number := NUMBER.fullmatch(run[0].strip())):
+            value = Fraction(re.sub(r"[^\d.]", "", number["above"])) / int(number["below"] or 1)
+            return -value if number["sign"] else value
     return None
 
 
@@ -330,10 +328,9 @@ def tool_schema(tool: dict) -> dict:
 def call_of(call: dict) -> tuple[str, dict]:
     """(name, arguments) of a call in JSON. Raises an error where its arguments are no object."""
     call = call.get("function") or call
-    names = [name for name in ("arguments", "parameters") if name in call]
-    if not names and len(call) > 1:
-        raise ValueError("a call without arguments holds something else")
-    return call["name"], {**(parsed(call[names[0]] if names else None) or {})}
+    key = "arguments" if "arguments" in call else "parameters"
+    arguments = parsed(call[key] if len(call) > 1 else None)
+    return call["name"], {**(arguments or {})}
 
 
 def calls_of(turn: dict) -> list[tuple[str, dict]]:
@@ -361,9 +358,9 @@ def toolmind_example(row: dict) -> Example:
 
 
 COMBINED = ("allOf", "anyOf", "oneOf")
-TYPES = {"string": {str}, "str": {str}, "boolean": {bool}, "bool": {bool}, "integer": {int},
-         "int": {int}, "number": {int, float}, "float": {int, float}, "array": {list},
-         "list": {list}, "object": {dict}, "dict": {dict}}
+# What the type of a value is called in schemas: "integer", "int", "number", "List[str]".
+TYPES = {bool: ("bool",), int: ("int", "num", "float"), float: ("num", "float"),
+         list: ("list", "arr"), dict: ("dict", "obj")}
 
 
 def schemas_of(schema, root: dict) -> Iterator[dict]:
@@ -377,27 +374,22 @@ def schemas_of(schema, root: dict) -> Iterator[dict]:
             yield from schemas_of(part, root)
 
 
-def types_of(schemas: list[dict]) -> set[type]:
-    """The types of Python's values that one of the schemas names."""
-    types = {type(value) for schema in schemas for value in schema.get("enum") or ()}
-    words = re.findall(r"[a-z]+", str([schema.get("type") for schema in schemas]).lower())
-    return types.union(*[TYPES.get(word, ()) for word in words])
-
-
 def canonical(value, schema, root: dict):
     """A tool's argument as the JSON that it holds; but as text where its schema says string, and
     does not name that JSON's type, too. `root`: the tool's whole schema."""
-    schemas = list(schemas_of(schema, root))
-    types, inner = types_of(schemas), parsed(value)
-    if str in types and inner is not None and type(inner) not in types - {str}:
+    schemas, inner = list(schemas_of(schema, root)), parsed(value)
+    named = [type(item).__name__ for schema in schemas for item in schema.get("enum") or ()]
+    named = str([*named, *(schema.get("type") for schema in schemas)]).lower()
+    is_json = inner is None or any(name in named for name in TYPES.get(type(inner), ()))
+    if "str" in named and not is_json:
         is_plain = isinstance(value, str) and not isinstance(inner, (dict, list))
         return value if is_plain else json.dumps(inner, sort_keys=True)
     if isinstance(inner, dict):
-        named = [schema.get("properties") or {} for schema in schemas]
+        properties = [schema.get("properties") or {} for schema in schemas]
         other = [schema.get("additionalProperties") for schema in schemas]
         found = {}
         for name, item in inner.items():
-            own = [properties[name] for properties in named if name in properties]
+            own = [schema[name] for schema in properties if name in schema]
             found[name] = canonical(item, {"anyOf": own or other}, root)
         return found
     if isinstance(inner, list):
