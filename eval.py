@@ -154,34 +154,34 @@ def user_turn(text: str) -> list[dict]:
 VERB = r"""
     (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,25}?          # "answer to the question is"
     \b(?:is|be)\b (?!\W*(?:not|neither)\b)          # but "answer is not" is no mark
-"""
-CORRECT = re.compile(r"\bcorrect\s(?:answer|option|choice)\b" + VERB, re.IGNORECASE | re.VERBOSE)
-COLON = re.compile(r"""
-    (?<!wrong\s)(?<!incorrect\s) \b (?:answer|correct\s(?:option|choice))
+    """
+CORRECT = re.compile(r"(?ix) \b correct\s(?:answer|option|choice)\b" + VERB)
+COLON = re.compile(r"""(?imx)
+    (?<!wrong\s)(?<!incorrect\s) \b(?:answer|correct\s(?:option|choice))
     (?:\s\([^()\n]*\) | \s(?:in|to)\s[\w ]{1,30})?  # "Answer (in dollars):"
     [*_\s]* [:=>]                                   # "**Answer**: 18", "<answer>18</answer>"
     | ^[#*_ ]{0,9} (?:\w+\ )?answer [*_ \r]*$       # "## Final Answer", and 18 below it
-    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
-OTHER = re.compile(r"\banswer\b" + VERB + r"""
+    """)
+OTHER = re.compile(r"(?imx) \b answer\b" + VERB + r"""
     | (?<!-)(?=-?\\boxed\b)                         # "\boxed{18}", "-\boxed{18}"
     | ^\#{4}(?=[^\w\n]*\d)                          # "#### 18", as GSM8K's own solutions end
-    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
+    """)
 
 TYPOGRAPHY = str.maketrans("\u2010\u2011\u2012\u2013\u2212\u2019\uff1a", "-----':")
-FRACTION = re.compile(r"""
+FRACTION = re.compile(r"""(?x)                      # "\frac{1}{2}", "\frac12"
     (?<!\d)\\[cdt]?frac\s* (?:\{\s*(-?[\d.,]+)\s*\}|(\d)) \s*(?:\{\s*(\d+)\s*\}|(\d))
-    """, re.VERBOSE)                                # "\frac{1}{2}", "\frac12"
-MARKUP = re.compile(r"""
+    """)
+MARKUP = re.compile(r"""(?imx)
     \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
     | \\(?:[fhm]?box|boxed|underline|left|right|q?quad|displaystyle|degree)\b       # "18\quad"
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
     | \^\s*\{?\s*\\circ\b                           # "60^\circ"
     | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
     | (?<=\n)[ \t]*[-\u2022]\s                      # "- 18" in a list below the mark
-    """, re.IGNORECASE | re.VERBOSE | re.MULTILINE)
-INVISIBLE = re.compile(r"""
+    """)
+INVISIBLE = re.compile(r"""(?ix)
     \\[,!;:\ ] | \\(?![a-z]) | [{}"$\u20ac\u00a3\u00a5%_]       # "1\,080", "\$18", "50\%", "1_080"
-    """, re.IGNORECASE | re.VERBOSE)
+    """)
 
 
 def without_thought(text: str) -> str:
@@ -202,25 +202,22 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
 # GSM8K: right of the last "=", up to a bracket or the sentence's end, the first run of digits and
 # signs. It must be one number: "18 + 2", "18-20" and "18^2" are none.
 
-EXPLAINED = re.compile(r"""
-    (\d.*?) (?: (?<=\w)\s+\( | [.!?](?:\s|$) ).*    # "18 (= 9 * 2)", "18. That is 9 * 2."
-    """, re.VERBOSE)
-EQUALS = re.compile(r"""
-    = | \u2248 | \u2192 | \u21d2 | \\(?:approx|to|implies|rightarrow)\b | \bequals?\b
-    """, re.IGNORECASE | re.VERBOSE)
-RUN = re.compile(r"""
-    (?: ^\s*-\s*(?=\.?\d) | (?<![\w)])-(?=\.?\d)    # "- 7", "a loss of -7", but not "5-7"
-        | \b(?:negative|minus)\s(?=\d)              # "minus 7"
-        | \d | (?<!\w)\.\d | [\^\u221a] | \\[a-z]+ | sqrt )             # "18", ".5", "\sqrt{324}"
-    (?: (?: [\d\s.,:'^()[\]+/\u00d7\u00f7\u2044-] | [xe](?=\s?\d)       # "18-20", "18:30", "18e3"
-            | \\[a-z]+ | times | plus | minus | (?:divided|multiplied)\ by )*
-        (?: \d | \\[a-z]+ | [\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f] ) )?  # "18\u00b2"
-    """, re.IGNORECASE | re.VERBOSE)
-NUMBER = re.compile(r"""
-    (?P<sign> (?:-|negative|minus)\s* )?
-    (?P<above> (?:\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+ | \d{0,400}) (?:\.\d{1,400})? )
-    (?: \s?/\s? (?P<below>[1-9]\d{0,399}) )?        # "1,080", ".5", "36/2"
-    """, re.IGNORECASE | re.VERBOSE)
+EXPLAINED = re.compile(r"(\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")          # "18 (= 9 * 2). So"
+EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
+NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
+RUN = re.compile(r"""(?ix)
+    (?: (?:^\s*-\s* | (?<![\w)])-) (?=\.?\d)        # "- 7", "a loss of -7", but not "5-7"
+        | \d | (?<!\w)\.\d | [\^\u221a] | \\[a-z]+ | sqrt )                 # "18", "\sqrt{324}"
+    (?: [-\d\s.,:'()[\]+/\u00d7\u00f7\u2044^]       # "18-20", "18:30", "18^2"
+        | [\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f]             # "18\u00b2"
+        | \\[a-z]+                                  # "18 \times 2"
+        | (?:x|e|times|plus|(?:divided|multiplied)\ by)(?=\s?\d) )*         # "18e3", "9 times 2"
+    """)
+NUMBER = re.compile(r"""(?x)
+    ( -?\s* (?:\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+ | \d{0,400})         # "-1,080"
+      (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )                         # ".5", "36/2"
+    [^\w^]*                                         # "18."
+    """)
 
 
 def gsm8k_example(row: dict) -> Example:
@@ -231,10 +228,11 @@ def gsm8k_example(row: dict) -> Example:
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
     for claim in chain(claims(text, COLON), claims(text, OTHER)):
-        run = RUN.search(EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1])
+        claim = EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1]
+        run = RUN.search(NEGATIVE.sub("-", claim))
         if run and (number := NUMBER.fullmatch(run[0].strip())):
-            value = Fraction(re.sub(r"[^\d.]", "", number["above"])) / int(number["below"] or 1)
-            return -value if number["sign"] else value
+            above, _, below = re.sub(r"[^-\d./]", "", number[1]).partition("/")
+            return Fraction(above) / int(below or 1)
     return None
 
 
@@ -248,15 +246,15 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
 
 # GPQA: the letter that the line begins with, or else the first one in brackets --------------------
 
-BEGINS = re.compile(r"""
+BEGINS = re.compile(r"""(?x)
     \W* (?:(?i:option|choice|letter)\W+)?           # "**B**", "option (B)"
     ([A-D])\b (?![-+=^']\w)                         # "B. copper", but not "D-glucose"
-    """, re.VERBOSE)
-BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")       # "copper (B)"
-ALONE = re.compile(r"""
+    """)
+BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")                       # "copper (B)"
+ALONE = re.compile(r"""(?ix)
     \W* (?:option\W+)? ([A-D]) \W*                  # "b", "Option B"
     (?:is\ (?:the\ )?(?:correct|right|best).*)?$    # "B is the best choice."
-    """, re.IGNORECASE | re.VERBOSE)
+    """)
 GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in "123"))
 
 
