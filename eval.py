@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial, reduce
 from heapq import nsmallest
-from itertools import chain, islice
+from itertools import islice
 from operator import getitem
 from pathlib import Path
 from types import NoneType
@@ -157,9 +157,10 @@ VERB = r"""
     """
 CORRECT = re.compile(r"(?ix) \b correct\s(?:answer|option|choice)\b" + VERB)
 COLON = re.compile(r"""(?imx)
-    (?<!wrong\s)(?<!incorrect\s) \b(?:answer|correct\s(?:option|choice))
+    (?<!wrong\s)(?<!incorrect\s)(?<![a-z]) (?:answer|correct\s(?:option|choice))
     (?:\s\([^()\n]*\) | \s(?:in|to)\s[\w ]{1,30})?  # "Answer (in dollars):"
-    [*_\s]* [:=>]                                   # "**Answer**: 18", "<answer>18</answer>"
+    [*_\s]* (?:[:=]|[-\u2014][*\s])                 # "**Answer**: 18", "Answer - 18"
+    | <answer>                                      # "<answer>18</answer>"
     | ^[#*_ ]{0,9} (?:\w+\ )?answer [*_ \r]*$       # "## Final Answer", and 18 below it
     """)
 OTHER = re.compile(r"(?imx) \b answer\b" + VERB + r"""
@@ -173,7 +174,8 @@ FRACTION = re.compile(r"""(?x)                      # "\frac{1}{2}", "\frac12"
     """)
 MARKUP = re.compile(r"""(?imx)
     \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
-    | \\(?:[fhm]?box|boxed|underline|left|right|q?quad|displaystyle|degree)\b       # "18\quad"
+    | \\(?:[fhm]?box|boxed|underline|left|right|q?quad|degree)\b           # "18\quad"
+    | \\(?:displaystyle|color|large)\b             # "\large 18"
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
     | \^\s*\{?\s*\\circ\b                           # "60^\circ"
     | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
@@ -226,13 +228,20 @@ def gsm8k_example(row: dict) -> Example:
     return Example(row["question"], user_turn(prompt), Fraction(number.replace(",", "")))
 
 
+def to_fraction(number: str) -> Fraction:
+    """Of "-$1,080.50" or "36/2"."""
+    above, _, below = re.sub(r"[^-\d./]", "", number).partition("/")
+    return Fraction(above) / int(below or 1)
+
+
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
-    for claim in chain(claims(text, COLON), claims(text, OTHER)):
-        claim = EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1]
-        run = RUN.search(NEGATIVE.sub("-", claim))
-        if run and (number := NUMBER.fullmatch(run[0].strip())):
-            above, _, below = re.sub(r"[^-\d./]", "", number[1]).partition("/")
-            return Fraction(above) / int(below or 1)
+    # "The answer is 18" counts before "the answer is reasonable because 3 eggs are left".
+    for mark, read in (COLON, RUN.search), (OTHER, RUN.match), (OTHER, RUN.search):
+        for claim in claims(text, mark):
+            claim = EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1]
+            if run := read(NEGATIVE.sub("-", claim).lstrip(": (")):
+                number = NUMBER.fullmatch(run[0].strip())
+                return to_fraction(number[1]) if number else None
     return None
 
 
