@@ -745,10 +745,11 @@ class Server:
             prompt_tokens, tokens = reply.usage.prompt_tokens, reply.usage.completion_tokens
             text, is_whole = message.content, reason in ("stop", "length", "tool_calls")
             if type(text) not in (str, NoneType) or type(tokens) is not int or not is_whole:
-                raise ValueError(f"no text, no count of its tokens, or ended by {reason}")
+                kind = type(text).__name__
+                raise ValueError(f"a completion of kind {kind}, {tokens} tokens, ended by {reason}")
         except Exception as error:                      # of the client, or no whole completion
             return ValueError(f"{one_line(error)}; its reply: {str(reply)[:80]}")
-        if reply.model not in (None, self.name):
+        if reply.model and reply.model != self.name:
             raise InputError(f"--server: asked for {self.name}, {reply.model} answered: look for a "
                              "router's fallback, or give --served-model-name what answers.")
         expected = count_tokens(processor, *request)
@@ -756,8 +757,10 @@ class Server:
             raise InputError(f"--server: its prompt has {prompt_tokens} tokens, not {expected}: "
                              "look for another model, --chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
-        # A completion that ends at once is one token and no text; more are a text put elsewhere.
-        if text is None or message.tool_calls or (text == "" and tokens > 1):
+        # A completion that ends at once has one token and no text; more tokens have a text.
+        is_withheld = text is None or message.tool_calls or (text == "" and tokens > 1)
+        thought = getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "")
+        if is_withheld or (thought and not text.strip()):
             raise InputError("--server: it withholds the text of a completion: start it without "
                              "--tool-call-parser and --reasoning-parser.")
         return text, tokens, reason == "length" or tokens >= sampling["max_tokens"]

@@ -54,6 +54,7 @@ BEHIND_ANSWER = {
         "\n\\begin{equation}\n\\boxed{18}\n\\end{equation}", "\n\n---\n\n18", "18^\\circ",
         "18^{\\circ}", "18\u00b0", "18\\quad", "18 \\mbox{ dollars}", "\\displaystyle 18",
         "\\underline{18}", "18~dollars", "\\textbf{18}",
+        "\\large 18", "\\color{red}{18}",
         # a word for "="
         "6 times 3 equals 18", "9 plus 9 equals 18 dollars", "9 * 2 \\Rightarrow 18"],
     1080: ["$1,080.", "\\$1,080", "1\\,080", "1{,}080", "1'080", "1_080", "1\u202f080"],
@@ -75,6 +76,8 @@ GSM8K = {
         "so it is \\boxed{18}.", "Answer\uff1a18", "ANSWER: 18", "<answer>18</answer>",
         "The final answer is 18.", "The answer to the question is 18.", "Answer (in dollars): 18",
         "Answer:\r\n18", "**Final Answer**\n\n18", "#### **18**", "#### $18", "## Answer\n18",
+        "_Answer_: 18", "Answer - 18", "<answer>18</answer>\n\nConfidence: 95%",
+        "The answer is 18.\nThe answer is reasonable because 3 eggs are eaten.",
         "**Answer:**\n\n\\[\n18\n\\]", "Answer in dollars: 18\nThe answer is not 3",
         "First express the answer as a percentage: 20 of 100\n#### 18",
         "<think>Answer: 3</think>Answer: 18"],

@@ -117,11 +117,12 @@ NO_COMPLETIONS = [{"usage": None}, {"choices": []}, {"choices": None}, {"choices
     *[({"change": reply}, r"2 of 2 questions failed \(") for reply in NO_COMPLETIONS],
     ({"status": 401}, "--server URL: it lists no model .*401.* set OPENAI_API_KEY"),
     ({"change": counted(3)}, "its prompt has 9 tokens.*--mm-processor-kwargs or --exclude-tool"),
-    ({"change": counted(None)}, r"2 of 2 questions failed \(.*no count of its tokens"),
+    ({"change": counted(None)}, r"2 of 2 questions failed \(.*str, None tokens"),
     ({"change": {"model": "other"}}, f"asked for {TINY}, other answered: .* --served-model-name"),
     *[({"message": message}, "it withholds the text of a completion: start it without --tool-call")
       for message in ({"content": None}, {"content": ""}, {"content": "So:", "tool_calls": [CALL]},
-                      {"content": "", "reasoning_content": "Answer: 1"})],
+                      {"content": "\n\n", "reasoning_content": "Answer: 1"},
+                      {"content": "\n\n", "reasoning": "Answer: 1"})],
     *[({"max_model_len": length}, "--max-model-len: the server's is 1024; give that")
       for length in (1024, "1024")],
     ({"max_model_len": "much"}, "it lists no model .*much"),
