@@ -147,23 +147,23 @@ def user_turn(text: str) -> list[dict]:
 
 
 # What a completion gives as its answer ------------------------------------------------------------
-# The format that the prompt asks for outranks everything else: of GSM8K "Answer:", of GPQA "The
-# correct answer is". Only where nothing can be read behind it do the marks below it count. Of one
-# kind of mark the last counts. tests/test_scorers.py has an answer for each part of the patterns.
+# The format that the prompt asks for outranks everything else: of GSM8K "Answer: 18", of GPQA "The
+# correct answer is (B)". Only without it do the other marks count; of one kind of mark, the last.
+# tests/test_scorers.py has an answer for each part of the patterns.
 
 VERB = r"""
     (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,25}?          # "answer to the question is"
     \b(?:is|be)\b (?!\W*(?:not|neither)\b)          # but "answer is not" is no mark
     """
 CORRECT = re.compile(r"(?ix) \b correct\s(?:answer|option|choice)\b" + VERB)
-COLON = re.compile(r"""(?imx)
-    (?<!wrong\s)(?<!incorrect\s)(?<![a-z]) (?:answer|correct\s(?:option|choice))
-    (?:\s\([^()\n]*\) | \s(?:in|to)\s[\w ]{1,30})?  # "Answer (in dollars):"
+COLON = re.compile(r"""(?mx)
+    (?<![A-Za-z])(?:Answer|ANSWER)(?:\s\([^()\n]*\))?           # "Answer (in dollars): 18"
     [*_\s]* (?:[:=]|[-\u2014][*\s])                 # "**Answer**: 18", "Answer - 18"
     | <answer>                                      # "<answer>18</answer>"
-    | ^[#*_ ]{0,9} (?:\w+\ )?answer [*_ \r]*$       # "## Final Answer", and 18 below it
+    | ^[#*_ ]{0,9} (?:\w+\ )?(?i:answer) [*_ \r]*$  # "## Final answer", and 18 below it
     """)
-OTHER = re.compile(r"(?imx) \b answer\b" + VERB + r"""
+OTHER = re.compile(r"(?imx) (?<![a-z])(?:answer|correct\s(?:option|choice))\b (?:" + VERB + r"""
+        | (?:\s(?:in|to)\s[\w ]{1,30})? [*_\s]* : ) # "the answer: 18", "answer in dollars: 18"
     | (?<!-)(?=-?\\boxed\b)                         # "\boxed{18}", "-\boxed{18}"
     | ^\#{4}(?=[^\w\n]*\d)                          # "#### 18", as GSM8K's own solutions end
     """)
@@ -174,12 +174,12 @@ FRACTION = re.compile(r"""(?x)                      # "\frac{1}{2}", "\frac12"
     """)
 MARKUP = re.compile(r"""(?imx)
     \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
-    | \\(?:[fhm]?box|boxed|underline|left|right|q?quad|degree)\b           # "18\quad"
-    | \\(?:displaystyle|color|large)\b             # "\large 18"
+    | \\(?:[fhm]?box|boxed|left|right|q?quad|degree)\b          # "18\quad", "18\mbox{ m}"
+    | \\(?:displaystyle|underline|color|large)\b    # "\large 18"
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
     | \^\s*\{?\s*\\circ\b                           # "60^\circ"
     | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
-    | (?<=\n)[ \t]*[-\u2022]\s                      # "- 18" in a list below the mark
+    | (?<=\n)[ \t]*(?:[-\u2022]\s|1[.)]\s(?=\w))    # "- 18" or "1. Eggs" in a list below the mark
     """)
 INVISIBLE = re.compile(r"""(?ix)
     \\[,!;:\ ] | \\(?![a-z]) | [{}"$\u20ac\u00a3\u00a5%_]       # "1\,080", "\$18", "50\%", "1_080"
@@ -196,15 +196,16 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
     """Behind each mark, the last first, the first line that says anything, without markup."""
     text = without_thought(text).translate(TYPOGRAPHY)
     for found in reversed(list(mark.finditer(text))):
-        claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 500])
+        claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 300])
         claim = INVISIBLE.sub("", MARKUP.sub(" ", claim))
         yield next((line for line in claim.splitlines() if re.search(r"\w", line)), "")
 
 
 # GSM8K: right of the last "=", up to a bracket or the sentence's end, the first run of digits and
-# signs. It must be one number: "18 + 2", "18-20" and "18^2" are none.
+# signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A number that stands directly
+# behind a mark counts before one further on ("the answer is reasonable because 3 eggs are left").
 
-EXPLAINED = re.compile(r"(\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")          # "18 (= 9 * 2). So"
+EXPLAINED = re.compile(r"^(\D*\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")      # "18 (= 9 * 2). So"
 EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
 NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
 RUN = re.compile(r"""(?ix)
@@ -235,11 +236,11 @@ def to_fraction(number: str) -> Fraction:
 
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
-    # "The answer is 18" counts before "the answer is reasonable because 3 eggs are left".
-    for mark, read in (COLON, RUN.search), (OTHER, RUN.match), (OTHER, RUN.search):
-        for claim in claims(text, mark):
-            claim = EQUALS.split(EXPLAINED.sub(r"\1", claim))[-1]
-            if run := read(NEGATIVE.sub("-", claim).lstrip(": (")):
+    lines = [*claims(text, COLON), *claims(text, OTHER)]
+    lines = [EQUALS.split(EXPLAINED.sub(r"\1", line))[-1] for line in lines]
+    for read in RUN.match, RUN.search:
+        for line in lines:
+            if run := read(NEGATIVE.sub("-", line).lstrip(": (")):
                 number = NUMBER.fullmatch(run[0].strip())
                 return to_fraction(number[1]) if number else None
     return None
