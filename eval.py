@@ -304,10 +304,9 @@ def gpqa_halves(examples: Iterable[Example], split: str) -> list[Example]:
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
 # A completion is right if it makes exactly the reference's calls, in any order, in either dialect
-# (Hermes JSON, Qwen3.5 XML). Under the tool's schema: it tells whether "5" is a text, or is 5.
+# (Hermes JSON, Qwen3.5 XML). Under the tool's schema: it tells whether "5" is a text, or is 5. XML
+# is read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
 
-
-# Chat templates print a lone value in XML as Python does.
 PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
@@ -416,8 +415,14 @@ def comparable(calls: list[tuple[str, dict]], tools: list[dict]) -> Counter:
     return Counter(texts)
 
 
-CALL = re.compile(r"(?s)<think>.*?(?:</think>|$)|</think>|<tool_call>\s*(?:<function=([^<>]+)>)?")
-PARAMETER = re.compile(r"\s*<parameter=([^<>]+)>\n?(.*?)\n?</parameter>(?=\s*</?[pf])", re.DOTALL)
+CALL = re.compile(r"""(?sx)
+    <think>.*?(?:</think>|$) | </think>             # a thought, or the end of one
+    | <tool_call>\s*(?:<function=([^<>]+)>)?        # '<tool_call>{', "<tool_call><function=book>"
+    """)
+PARAMETER = re.compile(r"""(?sx)
+    \s*<parameter=([^<>]+)>\n?(.*?)\n?</parameter>  # "<parameter=city>Oslo</parameter>"
+    (?=\s*</?[pf])                                  # "<parameter=" or "</function>" follows
+    """)
 CALL_END = re.compile(r"\s*(</function>\s*)?</tool_call>")
 
 
