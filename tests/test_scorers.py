@@ -356,6 +356,15 @@ def test_toolmind_arguments_are_judged_by_the_tools_schema(name, reference, righ
     assert not judged(call, hermes({}))
 
 
+@pytest.mark.parametrize("schema", [
+    {"allOf": [{"type": "object", "properties": {"code": {"type": "string"}}}]},
+    {"$ref": "#/$defs/all", "$defs": {"all": {"properties": {"code": {"type": "string"}}}}}])
+def test_toolmind_a_tools_whole_schema_may_be_combined_or_referred_to(schema):
+    tools, call = [tasks.tool_schema({"name": "f", "parameters": schema})], ("f", {"code": "1.10"})
+    assert judged([call], hermes(call[1], "f"), tools)
+    assert not judged([call], hermes({"code": "1.1"}, "f"), tools)
+
+
 @pytest.mark.parametrize("name", [
     "city", "people", "price", "quiet", "tags", "null", "map", "maybe", "room", "all", "ref",
     "enum", "either", "node", "which"])
