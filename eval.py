@@ -499,21 +499,17 @@ TASKS = {
 # Pictures -----------------------------------------------------------------------------------------
 
 
-def scale_transparent_colour(picture: Image.Image):
-    """Pillow reads a PNG's values of 2, 4 or 16 bits as 8 bits, but not its transparent colour."""
-    raw_mode = str(picture.tile[0].args) if picture.tile else ""
-    colour = picture.info.get("transparency")
-    if colour is not None and raw_mode in ("L;2", "L;4"):
-        picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
-    if colour is not None and raw_mode == "RGB;16B":
-        picture.info["transparency"] = tuple(value // 256 for value in colour)
-
-
 def open_picture(path: str) -> Image.Image:
     """Any picture as RGB, rotated by its EXIF, on mid-grey where transparent. Raises InputError."""
     with explained(f"{path}: it is no readable picture", "give another, or save it as PNG"):
         picture = Image.open(path)
-        scale_transparent_colour(picture)
+        # PIL reads a PNG's values of 2, 4 or 16 bits as 8 bits, but not its transparent colour.
+        raw_mode = str(picture.tile[0].args) if picture.tile else ""
+        colour = picture.info.get("transparency")
+        if colour is not None and raw_mode in ("L;2", "L;4"):
+            picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
+        if colour is not None and raw_mode == "RGB;16B":
+            picture.info["transparency"] = tuple(value // 256 for value in colour)
         with suppress(Exception):                       # broken EXIF data: the picture as it lies
             picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("F", "I"):
