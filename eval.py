@@ -23,8 +23,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import pandas
@@ -218,20 +220,42 @@ def user_turn(text: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 
-# What a completion claims; tests/test_scorers.py has an answer for each part of these patterns ----
+# What a completion gives as its answer ------------------------------------------------------------
+# The format that the prompt asks for outranks everything else: of GSM8K "Answer: 18", of GPQA "The
+# correct answer is (B)". Only without it do the other marks count; of one kind of mark, the last.
+# tests/test_scorers.py has an answer for each part of the patterns.
 
-MARK = re.compile(r"""
-    (?P<wrong> \b(?:wrong|incorrect|other)\s(?:\w+\s)? )?
-    (?<![a-z]) (?: answer (?!s|\s(?:choice|option)(?:s|\s*:)) | correct\ (?:option|choice) )
-    (?: [*_\s]*\n                                                   # a heading above the answer
-      | (?: (?!n[o'\u2019]t\b) [^\n:=.?!\d] ){0,20}?                # "answer in dollars: 18"
-        (?:\b(?:is|are|be)\b|[:\uff1a=>]) (?!\s(?:\w+\s)?(?:not|neither|wrong|incorrect)\b) )
-    | \\boxed\s*\{ | \#{4}(?=\s*[-\u2010-\u2013\u2212$\d.])         # as in GSM8K's own solutions
-    """, re.IGNORECASE | re.VERBOSE)
-FRACTION = re.compile(r"(?<!\d)\\[cdt]?frac\s*(?:\{\s*([-\u2212]?[\d.,]+)\s*\}|(\d))"
-                      r"\s*(?:\{\s*(\d+)\s*\}|(\d))")
-INVISIBLE = re.compile(r'\{,\}|\\[,!;\ ]|\\(?![a-z])|["$\u20ac\u00a3\u00a5%_]')
-MARKUP = re.compile(r"\\(?:text|math)[a-z]*\b|\\(?:boxed|left|right)\b|[*`{}]")
+VERB = r"""
+    (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,25}?          # "answer to the question is"
+    \b(?:is|be)\b (?!\W*(?:not|neither)\b)          # but "answer is not" is no mark
+    """
+CORRECT = re.compile(r"(?ix) \b correct\s(?:answer|option|choice)\b" + VERB)
+COLON = re.compile(r"""(?mx)
+    (?<![A-Za-z])(?:Answer|ANSWER)(?:\s\([^()\n]*\))?           # "Answer (in dollars): 18"
+    [*_\s]* (?:[:=]|[-\u2014][*\s])                 # "**Answer**: 18", "Answer - 18"
+    | <answer>                                      # "<answer>18</answer>"
+    | ^[#*_ ]{0,9} (?:\w+\ )?(?i:answer) [*_ \r]*$  # "## Final answer", and 18 below it
+    """)
+OTHER = re.compile(r"(?imx) (?<![a-z])(?:answer|correct\s(?:option|choice))\b (?:" + VERB + r"""
+        | (?:\s(?:in|to)\s[\w ]{1,30})? [*_\s]* : ) # "the answer: 18", "answer in dollars: 18"
+    | (?<!-)(?=-?\\boxed\b)                         # "\boxed{18}", "-\boxed{18}"
+    | ^\#{4}(?=[^\w\n]*\d)                          # "#### 18", as GSM8K's own solutions end
+    """)
+
+TYPOGRAPHY = str.maketrans("\u2010\u2011\u2012\u2013\u2212\u2019\uff1a", "-----':")
+FRACTION = re.compile(r"""(?x)                      # "\frac{1}{2}", "\frac12"
+    (?<!\d)\\[cdt]?frac\s* (?:\{\s*(-?[\d.,]+)\s*\}|(\d)) \s*(?:\{\s*(\d+)\s*\}|(\d))
+    """)
+MARKUP = re.compile(r"""(?imx)
+    \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
+    | \\(?:[fhm]?box|boxed|left|right|q?quad|degree)\b          # "18\quad", "18\mbox{ m}"
+    | \\(?:displaystyle|underline|color|large)\b    # "\large 18"
+    | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
+    | \^\s*\{?\s*\\circ\b                           # "60^\circ"
+    | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
+    | (?<=\n)[ \t]*(?:[-\u2022]\s|1[.)]\s(?=\w))    # "- 18" or "1. Eggs" in a list below the mark
+    """)
+INVISIBLE = re.compile(r'(?i)\\[,!;: ]|\\(?![a-z])|[{}"$\u20ac\u00a3\u00a5%_]')  # "1\,080", "50\%"
 
 
 def without_thought(text: str) -> str:
@@ -240,26 +264,34 @@ def without_thought(text: str) -> str:
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-def claims(text: str) -> Iterator[str]:
-    """The lines behind "Answer:" and its like, the last first, without Markdown and LaTeX."""
-    text = without_thought(text)
-    for mark in reversed([mark for mark in MARK.finditer(text) if not mark["wrong"]]):
-        claim = FRACTION.sub(r"\1\2/\3\4 ", text[mark.end():mark.end() + 500])
-        claim = MARKUP.sub(" ", INVISIBLE.sub("", claim))
-        claim = re.sub(r"^[\s:]*\n\s*[-\u2022]\s", "", claim)                       # a bullet below
-        yield claim.strip(": \t\r\n").partition("\n")[0]
+def claims(text: str, mark: re.Pattern) -> Iterator[str]:
+    """Behind each mark, the last first, the first line that says anything, without markup."""
+    text = without_thought(text).translate(TYPOGRAPHY)
+    for found in reversed(list(mark.finditer(text))):
+        claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 300])
+        claim = INVISIBLE.sub("", MARKUP.sub(" ", claim))
+        yield next((line for line in claim.splitlines() if re.search(r"\w", line)), "")
 
 
-# GSM8K: the first number right of the sentence's last "="; a part of a root, power or range is none
+# GSM8K: right of the last "=", up to a bracket or the sentence's end, the first run of digits and
+# signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A number that stands directly
+# behind a mark counts before one further on ("the answer is reasonable because 3 eggs are left").
 
-NUMBER = re.compile(r"""
-    (?P<sign> ^\s*[-\u2010-\u2013\u2212]\s* | (?<![\w)])[-\u2010-\u2013\u2212]
-              | \b(?:negative|minus)\s )?
-    (?P<value> (?: \d{1,3}(?:[,'\u2019\u00a0\u2009\u202f]\d{3})+(?!\d) | \d{1,400}
-               | (?<!\w)(?=\.\d) ) (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )
-    (?P<goes_on> \s*[\d^\\\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f]
-              | \s*[-\u2010-\u2013\u2212+/x\u00d7\u00f7\u2044]\s*\d | [.,:e]\d )?
-    """, re.IGNORECASE | re.VERBOSE)
+EXPLAINED = re.compile(r"^(\D*\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")      # "18 (= 9 * 2). So"
+EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
+NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
+RUN = re.compile(r"""(?ix)
+    (?: (?:^\s*-\s* | (?<![\w)])-) (?=\.?\d)        # "- 7", "a loss of -7", but not "5-7"
+        | \d | (?<!\w)\.\d | [\^\u221a] | \\[a-z]+ | sqrt )                 # "18", "\sqrt{324}"
+    (?: (?:x|e|times|plus|(?:divided|multiplied)\ by)(?=\s?\d)              # "18e3", "9 times 2"
+        | \\[a-z]+                                  # "18 \times 2"
+        | (?!\\)[\W\d\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f] )*  # "18-20", "18\u00b2"
+    """)
+NUMBER = re.compile(r"""(?x)
+    ( -?\s* (?:\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+ | \d{0,400})         # "-1,080"
+      (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )                         # ".5", "36/2"
+    [^\w^]*                                         # "18."
+    """)
 
 
 def gsm8k_example(row: dict) -> Example:
@@ -273,15 +305,20 @@ def gsm8k_example(row: dict) -> Example:
     return Example(question, user_turn(prompt), Fraction(number.replace(",", "")))
 
 
+def to_fraction(number: str) -> Fraction:
+    """Of "-$1,080.50" or "36/2"."""
+    above, _, below = re.sub(r"[^-\d./]", "", number).partition("/")
+    return Fraction(above) / int(below or 1)
+
+
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
-    for claim in claims(text):
-        claim = re.sub(r"(\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*", r"\1", claim)
-        claim = re.split(r"=|\u2248|\\approx", claim)[-1]
-        if number := NUMBER.search(claim):
-            is_part = number["goes_on"] or re.search(r"[\\^\u221a]|sqrt", claim[:number.start()])
-            above, _, below = re.sub(r"[^\d./]", "", number["value"]).partition("/")
-            value = Fraction(above) / int(below or 1) * (-1 if number["sign"] else 1)
-            return None if is_part else value
+    lines = [*claims(text, COLON), *claims(text, OTHER)]
+    lines = [EQUALS.split(EXPLAINED.sub(r"\1", line))[-1] for line in lines]
+    for read in RUN.match, RUN.search:
+        for line in lines:
+            if run := read(NEGATIVE.sub("-", line).lstrip(" :(['~+<")):
+                number = NUMBER.fullmatch(run[0].strip())
+                return to_fraction(number[1]) if number else None
     return None
 
 
@@ -293,11 +330,17 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
     return Fraction(number[:400]) if re.search(r"\d", number) else None
 
 
-# GPQA: the bare letter that the line begins with, or else the first one in brackets ---------------
+# GPQA: the letter that the line begins with, or else the first one in brackets --------------------
 
-BARE = re.compile(r"\W*(?:(?i:option|choice|letter)\W+)?([A-D])\b(?![-\u2010-\u2013+=^\u2019]\w)")
-BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")
-ALONE = re.compile(r"\W*(?:option\W+)?([A-D])\W*(?:is (?:the )?(?:correct|right|best).*)?$", re.I)
+BEGINS = re.compile(r"""(?x)
+    \W* (?:(?i:option|choice|letter)\W+)?           # "**B**", "option (B)"
+    ([A-D])\b (?![-+=^']\w)                         # "B. copper", but not "D-glucose"
+    """)
+BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")                       # "copper (B)"
+ALONE = re.compile(r"""(?ix)
+    \W* (?:option\W+)? ([A-D]) \W*                  # "b", "Option B"
+    (?:is\ (?:the\ )?(?:correct|right|best).*)?$    # "B is the best choice."
+    """)
 GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in "123"))
 
 
@@ -312,10 +355,11 @@ def gpqa_example(row: dict) -> Example:
 
 
 def gpqa_answer(example: Example | None, text: str) -> str | None:
-    for claim in claims(text):
-        letter = BARE.match(claim) or BRACKETED.search(claim) or ALONE.match(claim)
-        if letter:
-            return letter[1].upper()
+    for mark in CORRECT, COLON, OTHER:
+        lines = [*claims(text, mark)]
+        for read in BEGINS.match, BRACKETED.search, ALONE.match:
+            for letter in filter(None, map(read, lines)):
+                return letter[1].upper()
     letter = ALONE.match(without_thought(text).strip().rpartition("\n")[2])     # without a mark
     return letter[1].upper() if letter else None
 
@@ -336,34 +380,45 @@ def gpqa_half(path: str, split: str) -> Iterator[dict]:
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
 # A completion is right if it makes exactly the reference's calls, in any order, in either dialect
-# (Hermes JSON, Qwen3.5 XML). Under the tool's schema: it tells whether "5" is a text, or is 5.
+# (Hermes JSON, Qwen3.5 XML). Under the tool's schema: it tells whether "5" is a text, or is 5. XML
+# is read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
+
+PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def parsed(value):
     """`value` if it is no string, else what it holds as JSON, else the string itself."""
     with suppress(TypeError, ValueError, RecursionError):
-        return json.loads(value, object_pairs_hook=unique)
+        return json.loads(PYTHON.get(value, value), object_pairs_hook=unique)
     return value
 
 
 def tool_schema(tool: dict) -> dict:
     """A tool as chat templates expect it, in the order of keys in which vLLM's server prints it."""
     tool = tool.get("function") or tool
-    schema = tool.get("parameters") or tool.get("input_schema") or tool.get("arguments")
-    schema = parsed(schema) or {}
+    names = ("parameters", "input_schema", "inputSchema", "arguments")
+    schema = parsed(next((tool[name] for name in names if tool.get(name)), {}))
     while "parameters" in schema and "type" not in schema:
         schema = schema["parameters"]                   # doubly wrapped
-    if "properties" not in schema and schema.get("type") != "object":
+    is_schema = not schema.keys().isdisjoint(("properties", "$ref", *COMBINED))
+    if not is_schema and schema.get("type") != "object":
         properties = {k: v if isinstance(v, dict) else {"type": v} for k, v in schema.items()}
         schema = {"type": "object", "properties": properties}
     return {"type": "function", "function": {
         "name": tool["name"], "description": tool.get("description") or "", "parameters": schema}}
 
 
+def call_of(call: dict) -> tuple[str, dict]:
+    """(name, arguments) of a call in JSON. Raises an error where its arguments are no object."""
+    call = call.get("function") or call
+    key = "arguments" if "arguments" in call else "parameters"
+    arguments = parsed(call[key] if len(call) > 1 else None)
+    return call["name"], {**(arguments or {})}
+
+
 def calls_of(turn: dict) -> list[tuple[str, dict]]:
-    """The calls (name, arguments) of a turn. Raises an error where arguments are no object."""
-    calls = [call.get("function") or call for call in parsed(turn.get("tool_calls")) or []]
-    return [(c["name"], dict(parsed(c.get("arguments", c.get("parameters"))) or {})) for c in calls]
+    """The calls of a turn of a conversation."""
+    return [call_of(call) for call in parsed(turn.get("tool_calls")) or []]
 
 
 def toolmind_example(row: dict) -> Example:
@@ -395,35 +450,65 @@ def text_of(turn: dict) -> str:
     return field_text(content)
 
 
-def canonical(value, schema):
-    """A tool argument as text where its schema says string, elsewhere as the JSON that it holds."""
-    schema = schema if isinstance(schema, dict) else {}
-    for branch in schema.get("anyOf") or schema.get("oneOf") or ():
-        if branch.get("type") != "null":
-            return canonical(value, branch)
-    python = {"True": "true", "False": "false", "None": "null"}
-    inner = parsed(python.get(str(value), value))
-    is_text = re.match(r"(\[.*')?str(ing)?\b", str(schema.get("type")), re.IGNORECASE)
-    if is_text and inner is not None:
+COMBINED = ("allOf", "anyOf", "oneOf")
+# What the type of a value is called in schemas: "integer", "int", "number", "List[str]".
+TYPES = {bool: ("bool",), int: ("int", "num", "float"), float: ("num", "float"),
+         list: ("list", "arr"), dict: ("dict", "obj")}
+
+
+def schemas_of(schema, root: dict) -> Iterator[dict]:
+    """A schema, and those that it combines or refers to ("#/$defs/City", from `root` on)."""
+    if isinstance(schema, dict):
+        yield schema
+        inner = [part for name in COMBINED for part in schema.get(name) or ()]
+        if "$ref" in schema:
+            inner.append(reduce(getitem, schema["$ref"].split("/")[1:], root))
+        for part in inner:
+            yield from schemas_of(part, root)
+
+
+def canonical(value, schema, root: dict):
+    """A tool's argument as the JSON that it holds; but as text where its schema says string, and
+    does not name that JSON's type, too. `root`: the tool's whole schema."""
+    schemas, inner = list(schemas_of(schema, root)), parsed(value)
+    named = [type(item).__name__ for schema in schemas for item in schema.get("enum") or ()]
+    named = str([*named, *(schema.get("type") for schema in schemas)]).lower()
+    is_json = inner is None or any(name in named for name in TYPES.get(type(inner), ()))
+    if "str" in named and not is_json:
         is_plain = isinstance(value, str) and not isinstance(inner, (dict, list))
         return value if is_plain else json.dumps(inner, sort_keys=True)
     if isinstance(inner, dict):
-        named, other = schema.get("properties") or {}, schema.get("additionalProperties")
-        return {name: canonical(item, named.get(name, other)) for name, item in inner.items()}
+        properties = [schema.get("properties") or {} for schema in schemas]
+        other = [schema.get("additionalProperties") for schema in schemas]
+        found = {}
+        for name, item in inner.items():
+            own = [schema[name] for schema in properties if name in schema]
+            found[name] = canonical(item, {"anyOf": own or other}, root)
+        return found
     if isinstance(inner, list):
-        return [canonical(item, schema.get("items")) for item in inner]
+        items = {"anyOf": [schema.get("items") for schema in schemas]}
+        return [canonical(item, items, root) for item in inner]
     return int(inner) if isinstance(inner, float) and inner.is_integer() else inner
 
 
 def comparable(calls: list[tuple[str, dict]], tools: list[dict]) -> Counter:
     """Calls (name, arguments) as a multiset; equal to another if both ask for the same."""
     schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
-    return Counter((name, json.dumps(canonical(arguments, schemas.get(name)), sort_keys=True))
-                   for name, arguments in calls)
+    texts = []
+    for name, arguments in calls:
+        schema = schemas.get(name)
+        texts.append((name, json.dumps(canonical(arguments, schema, schema), sort_keys=True)))
+    return Counter(texts)
 
 
-CALL = re.compile(r"(?s)<think>.*?(?:</think>|$)|</think>|<tool_call>\s*(?:<function=([^<>]+)>)?")
-PARAMETER = re.compile(r"\s*<parameter=([^<>]+)>\n?(.*?)\n?</parameter>(?=\s*</?[pf])", re.DOTALL)
+CALL = re.compile(r"""(?sx)
+    <think>.*?(?:</think>|$) | </think>             # a thought, or the end of one
+    | <tool_call>\s*(?:<function=([^<>]+)>)?        # '<tool_call>{', "<tool_call><function=book>"
+    """)
+PARAMETER = re.compile(r"""(?sx)
+    \s*<parameter=([^<>]+)>\n?(.*?)\n?</parameter>  # "<parameter=city>Oslo</parameter>"
+    (?=\s*</?[pf])                                  # "<parameter=" or "</function>" follows
+    """)
 CALL_END = re.compile(r"\s*(</function>\s*)?</tool_call>")
 
 
@@ -445,8 +530,7 @@ def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
         arguments = unique(pairs)
     else:
         call, position = json.JSONDecoder(object_pairs_hook=unique).raw_decode(text, position)
-        name = str(call["name"])
-        arguments = parsed(call["arguments"] if len(call) > 1 else None) or {}
+        name, arguments = call_of(call)
     end = CALL_END.match(text, position)
     if not end or bool(end[1]) != bool(start[1]):
         raise ValueError("the call is not closed")
@@ -463,8 +547,8 @@ def read_calls(text: str) -> list[tuple[str, dict]]:
         try:
             name, arguments, position = read_call(text, start)
             calls.append((name, arguments))
-        except (KeyError, TypeError, ValueError, RecursionError):
-            position = text.index("</think>", start.end())  # it was thought aloud; else ValueError
+        except Exception:                               # a draft in a thought; else a ValueError
+            position = text.index("</think>", start.end())
     return calls
 
 
@@ -557,13 +641,21 @@ def open_picture(path: str) -> Image.Image:
     """Any picture as RGB, rotated by its EXIF, on mid-grey where transparent. Raises InputError."""
     with explained(f"{path}: it is no readable picture", "give another, or save it as PNG"):
         picture = Image.open(path)
-        with suppress(TypeError, ValueError):           # broken EXIF data: the picture as it lies
+        # PIL reads a PNG's values of 2, 4 or 16 bits as 8 bits, but not its transparent colour.
+        raw_mode = str(picture.tile[0].args) if picture.tile else ""
+        colour = picture.info.get("transparency")
+        if colour is not None and raw_mode in ("L;2", "L;4"):
+            picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
+        if colour is not None and raw_mode == "RGB;16B":
+            picture.info["transparency"] = tuple(value // 256 for value in colour)
+        with suppress(Exception):                       # broken EXIF data: the picture as it lies
             picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("F", "I"):
             raise ValueError("32 bits a value")
         if picture.mode.startswith("I;16"):             # 16-bit grey, which PIL would clip
-            values = np.asarray(picture) / 257
-            picture = Image.fromarray(values.round().astype(np.uint8))
+            values, transparent = np.asarray(picture), picture.info.get("transparency")
+            picture = Image.fromarray((values / 257).round().astype(np.uint8))
+            picture.putalpha(Image.fromarray(values != transparent))
         if picture.has_transparency_data:
             grey = Image.new("RGBA", picture.size, (128, 128, 128, 255))
             picture = Image.alpha_composite(grey, picture.convert("RGBA"))
@@ -594,14 +686,17 @@ TEMPLATED = {"add_special_tokens": False}
 
 def load_processor(model: str):
     """The processor of `model`, a hub name or a folder. Raises InputError if it takes no image."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as MULTIMODAL
     from transformers import AutoConfig, AutoProcessor, logging
     logging.set_verbosity_error()
-    with explained(f"--model {model} cannot be loaded", f"correct the name, or {HUB}"):
-        AutoConfig.from_pretrained(model)               # one file: without a hub it fails soon
-        processor = AutoProcessor.from_pretrained(model)
-    if getattr(processor, "image_processor", None) is None:
-        raise InputError(f"--model {model} has no image processor, which ART needs.")
-    return processor
+    cannot, remedy = f"--model {model} cannot be loaded", f"correct the name, or {HUB}"
+    with explained(cannot, remedy):
+        config = AutoConfig.from_pretrained(model)      # one file: without a hub it fails soon
+    if type(config) not in MULTIMODAL:
+        raise InputError(f"--model {model} takes no image ({type(config).__name__}): give a "
+                         "multimodal model, such as Qwen/Qwen3.5-0.8B.")
+    with explained(cannot, remedy):
+        return AutoProcessor.from_pretrained(model)
 
 
 def prepend(part: dict, example: Example) -> Example:
@@ -827,9 +922,10 @@ class Server:
             self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1")
             models = {model.id: model for model in self.client.models.list().data}
             self.name = name or next(iter(models))
+            length = getattr(models.get(self.name), "max_model_len", None)
+            self.max_model_len = int(length or 10**9)   # some servers give a text, some nothing
         if self.name not in models:
             raise InputError(f"--served-model-name {name}: {url} serves {', '.join(models)}.")
-        self.max_model_len = getattr(models[self.name], "max_model_len", None) or 10**9
 
     def ask(self, processor, requests: list[tuple], sampling=GREEDY) -> list[tuple]:
         """As `ask_engine`; a failed question's text is None. More than one in ten: InputError."""
@@ -849,21 +945,29 @@ class Server:
         try:
             reply = self.client.chat.completions.create(
                 model=self.name, **sampling, **openai_request(*request))
-            text, reason = reply.choices[0].message.content, reply.choices[0].finish_reason
+            message, reason = reply.choices[0].message, reply.choices[0].finish_reason
             prompt_tokens, tokens = reply.usage.prompt_tokens, reply.usage.completion_tokens
-            if text is not None and (type(text) is not str or reason not in ("stop", "length")):
-                raise ValueError(f"no text, or ended by {reason}")
+            text, is_whole = message.content, reason in ("stop", "length", "tool_calls")
+            if type(text) not in (str, NoneType) or type(tokens) is not int or not is_whole:
+                kind = type(text).__name__
+                raise ValueError(f"a completion of kind {kind}, {tokens} tokens, ended by {reason}")
         except Exception as error:                      # of the client, or no whole completion
             return ValueError(f"{one_line(error)}; its reply: {str(reply)[:80]}")
+        if reply.model and reply.model != self.name:
+            raise InputError(f"--server: asked for {self.name}, {reply.model} answered: look for a "
+                             "router's fallback, or give --served-model-name what answers.")
         expected = count_tokens(processor, *request)
         if prompt_tokens != expected:
             raise InputError(f"--server: its prompt has {prompt_tokens} tokens, not {expected}: "
                              "look for another model, --chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
-        if text is None:
+        # A completion that ends at once has one token and no text; more tokens have a text.
+        is_withheld = text is None or message.tool_calls or (text == "" and tokens > 1)
+        thought = getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "")
+        if is_withheld or (thought and not text.strip()):
             raise InputError("--server: it withholds the text of a completion: start it without "
                              "--tool-call-parser and --reasoning-parser.")
-        return text, tokens, reason == "length"
+        return text, tokens, reason == "length" or tokens >= sampling["max_tokens"]
 
 
 def openai_request(example: Example, picture: Image.Image | None) -> dict:

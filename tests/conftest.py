@@ -1,5 +1,6 @@
 """What the tests share: the tiny model, its processor, one vLLM engine, and the two programs."""
 
+import json
 import os
 import re
 import subprocess
@@ -115,3 +116,18 @@ def reward(task, example, text):
 def prompt(processor, example):
     """The rendered prompt of an example behind the image."""
     return tasks.render(processor, tasks.prepend(tasks.IMAGE, example))
+
+
+# What eval.py is asked, and what it kept ----------------------------------------------------------
+
+ARMS, LIMIT = ["none", "random", "string:8", SEED], 24
+
+
+def eval_flags(task, out, limit=LIMIT):
+    """eval.py's flags for a task's tiny test file."""
+    return ["--task", task, *QUICK, data(task, "test"), "--limit", limit, "--out", out]
+
+
+def kept(out):
+    """The records in a file of completions, {arm: record}."""
+    return {record["arm"]: record for record in map(json.loads, open(out))}

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from vllm.tool_parsers.utils import coerce_to_schema_type, extract_types_from_schema
+
 import eval as tasks
 from conftest import ROOT, data
 from eval import TASKS
@@ -40,10 +42,24 @@ BEHIND_ANSWER = {
         "18\n2 eggs are left over", "18\n\nIs this answer reasonable? Yes: 9 * 2",
         # two answers: the last; and what is thought aloud, or called wrong, is no answer
         "3\nNo. Answer: 18", "18\nAnswer: <number>", "18\n</think>", "18\n<think>Wait. Answer: 3",
-        "18\nA common wrong answer is 20", "18\nThe answer cannot be 20."],
+        "18\nA common wrong answer is 20", "18\nThe answer cannot be 20.",
+        "18\nWrong answer: 20",
+        # and what the prompt asks for outranks all other marks
+        "18\n\nThe answer is reasonable because 3 eggs are eaten.", "18\nSo \\boxed{3} were eaten.",
+        "18\n(The answer is rounded to 2 decimal places.)", "18\n\n#### 3 eggs",
+        "eighteen\nThe answer is 18.",
+        # markup around it
+        "\n\n\\[\n18\n\\]", "\n$$\n18\n$$", "\\[ 18 \\]", "\\(18\\)", "\n```\n18\n```",
+        "\n```text\n18\n```", "```18```", "\n\\begin{align*}\nx &= 18\n\\end{align*}", "\n- 18",
+        "\n\\begin{equation}\n\\boxed{18}\n\\end{equation}", "\n\n---\n\n18", "18^\\circ",
+        "18^{\\circ}", "18\u00b0", "18\\quad", "18 \\mbox{ dollars}", "\\displaystyle 18",
+        "\\underline{18}", "18~dollars", "\\textbf{18}",
+        "\\large 18", "\\color{red}{18}",
+        # a word for "="
+        "6 times 3 equals 18", "9 plus 9 equals 18 dollars", "9 * 2 \\Rightarrow 18"],
     1080: ["$1,080.", "\\$1,080", "1\\,080", "1{,}080", "1'080", "1_080", "1\u202f080"],
     -7: ["-$7", "$-7", "-7 degrees", "- 7", "\u22127", "\u20137", "\u2212$7", "(-7)", "minus 7",
-         "negative 7", "3 - 10 = -7", "a loss of -$7", "\\frac{-14}{2}"],
+         "-\\boxed{7}", "negative 7", "3 - 10 = -7", "a loss of -$7", "\\frac{-14}{2}"],
     50: ["50%"], 5: ["5.0", "5.", "5th", "5-dollar bills"], Fraction(5, 2): ["5/2 hours", "2.5"],
     Fraction(1, 2): ["1/2", "\\frac12", ".5", "0.50"], Fraction(-1, 2): ["-\\frac{1}{2}"],
     # a part of something longer: never a wrong number made of its digits
@@ -51,15 +67,25 @@ BEHIND_ANSWER = {
         "eighteen", "<number>", "9 * 2", "10**3", "18 + 2", "18 \\times 2", "{36 \\over 2}", "18^2",
         "18\u00b2", "2^{10}", "\\sqrt{324}", "\u221a324", "\\sqrt[3]{27}", "\\binom{5}{2}", "18-20",
         "\\log_2 8", "\\frac{3+1}{2}", "\\frac{1}{-2}", "18\u201320", "18 20", "18:30", "18,5",
-        "18.080.000", "18e3", "18/0", "1\u20443", "36 \u00f7 2", "e^{3}"],
+        "9 times 2", "36 divided by 2", "18 \u00b1 2",
+        "0.\\overline{3}", "18\\pi", "18, 20", "18.080.000", "18e3",
+        "18/0", "1\u20443", "36 \u00f7 2", "e^{3}"],
 }
 GSM8K = {
     18: [
         "16 - 3 - 4 = 9\n9 * 2 = 18\nAnswer: 18", "**Answer:** 18", "**Answer: 18**", "#### 18",
         "so it is \\boxed{18}.", "Answer\uff1a18", "ANSWER: 18", "<answer>18</answer>",
         "The final answer is 18.", "The answer to the question is 18.", "Answer (in dollars): 18",
-        "Answer:\r\n18", "**Final Answer**\n\n18", "<think>Answer: 3</think>Answer: 18"],
-    -7: ["#### \u22127", "\\boxed{-7}"],
+        "Answer:\r\n18", "**Final Answer**\n\n18", "#### **18**", "#### $18", "## Answer\n18",
+        "_Answer_: 18", "Answer - 18", "<answer>18</answer>\n\nConfidence: 95%",
+        "Answer: Janet's ducks lay 16 eggs.\nShe sells 9.\n#### 18",
+        "**Answer:**\n\n1. She has 16 eggs.\n2. She sells 9.\n\n\\boxed{18}",
+        "Let us find the answer:\n16 - 3 - 4 = 9\n9 * 2 = 18\n\n\\boxed{18}",
+        "The answer is 18.\nThe answer is reasonable because 3 eggs are eaten.",
+        "**Answer:**\n\n\\[\n18\n\\]", "Answer in dollars: 18\nThe answer is not 3",
+        "First express the answer as a percentage: 20 of 100\n#### 18",
+        "<think>Answer: 3</think>Answer: 18"],
+    -7: ["#### \u22127", "\\boxed{-7}", "It is -\\boxed{7}.", "$-\\boxed{7}$"],
     None: ["", "18", "Answer:", "<think>Answer: 18", "The answer isn't 18", "The answer is not 18"],
 }
 
@@ -77,13 +103,13 @@ def test_gsm8k_reads_the_number_a_person_would(text, value):
 # the first number counts for nothing, so that listing several gains nothing.
 GSM8K_OTHERWISE = {
     (18, None): [
-        "18 or 20", "**18** or **20**", "18 (or 20)", "18, 20", "18 and 20", "18 to 20 dollars",
+        "18 or 20", "**18** or **20**", "18 (or 20)", "18 and 20", "18 to 20 dollars",
         "between 18 and 20", "18 dollars and 50 cents", "18 hours 30 minutes"],
-    (3, 18): ["Day 3: 18", "In 3 days she makes 18 dollars"], (75, 18): ["75% of 24 is 18"],
+    (3, 18): ["In 3 days she makes 18 dollars"], (75, 18): ["75% of 24 is 18"],
     (9, 18): ["9 (eggs) * 2 (dollars) = 18"], (4, 25): ["Each of the 4 friends pays $25."],
     (8, 16): ["24/3 = 8. On Wednesday there was 2*8 = 16 feet."], (3, None): ["3 * (2 + 4)"],
     (20, 20_000): ["$20K", "20 thousand dollars"], (None, 1080): ["1 080"], (None, 5): ["5:00 PM"],
-    (None, 100_000): ["Rs. 1,00,000"], (None, 18): ["18 = 9 * 2"],
+    (None, 100_000): ["Rs. 1,00,000"], (None, 18): ["18 = 9 * 2", "Day 3: 18"],
     (None, Fraction(37, 2)): ["18\u00bd", "18\\frac{1}{2}", "18 1/2"],
 }
 
@@ -131,7 +157,10 @@ BEHIND_THE_PROMPTS_WORDS = {
         "(B) (E)-2-butene", "(B) (D)-glucose", "(B), vitamin C", "(B) k[A][C]", "(B) P(A) = 0.5",
         "(B)\n\nI hope this answer is helpful!", "(B)\nA common wrong answer is (A).",
         "(B).\n\nThe other answers are incorrect because (A) melts.",
-        "(B)\n\nWhy not the other answer choices:\n\n(A) melts, and (C) is"],
+        "(B)\n\nWhy not the other answer choices:\n\n(A) melts, and (C) is",
+        # what the prompt asks for outranks all other marks
+        "(B).\nThis answer is supported by ruling out (A).", "(B).\nFinal answer: A is out.",
+        "copper, (B).\nThe answer is A plus for conductors.", "\n\\[\n\\boxed{B}\n\\]"],
     "C": ["(C), since (B) rusts.", "(C) A and D", "(C) Both A and B", "(C) Compound A and B"],
     None: ["copper", "Brass", "D-glucose", "D\u2011glucose", "B12", "C\u2013H", "vitamin B", "(X)",
            "neither (A) nor (B)", "not (B)"],
@@ -144,7 +173,11 @@ GPQA = {
         "(B) is the correct answer", "From the metals: copper.\nThe correct answer is (B)", "**B**",
         "Copper it is.\n\n**(B)**", "(A) looks right, but the correct answer is (B)",
         "<think>(A)? The answer is (A).</think>The correct answer is (B)",
-        "The answer is A. No: the answer is B.", "The answer is B because (A) melts."],
+        "The answer is A. No: the answer is B.",
+        "The answer is (B). This answer is supported by ruling out (A).",
+        "Looking at the answer choices:\n(A) iron\n(B) copper\n\n**B**",
+        "The correct answer to the question is (B).\nThe answer is supported by (A).",
+        "The answer is B because (A) melts."],
     "C": ["Answer: (B)? No. The correct answer is (C)"],
     None: [
         "", "Perhaps copper.", "The answer is a difficult one", "<think>The correct answer is (B)",
@@ -194,9 +227,19 @@ BOOK = {
     "map": {"type": "object", "additionalProperties": {"type": "string"}},
     "maybe": {"anyOf": [{"type": "null"}, {"type": "string"}]},
     "room": {"type": "object", "properties": {"floor": {"type": "integer"},
-                                              "door": {"type": "string"}}}}
+                                              "door": {"type": "string"}}},
+    "ref": {"$ref": "#/$defs/text"}, "all": {"allOf": [{"$ref": "#/$defs/text"}]},
+    "enum": {"enum": ["1.10", "2.0"]},
+    "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+    "union": {"type": "Union[int, str]"}, "node": {"$ref": "#/$defs/node"},
+    "which": {"oneOf": [{"type": "object", "properties": {"id": {"type": "integer"}}},
+                        {"type": "object", "properties": {"id": {"type": "string"}}}]},
+    "many": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}}
+DEFS = {"text": {"type": "string"}, "node": {"type": "object", "properties": {
+    "value": {"type": "string"}, "next": {"$ref": "#/$defs/node"}}}}
 TOOLS = [tasks.tool_schema({"function": function}) for function in (
-    {"name": "book", "parameters": {"type": "object", "required": ["city"], "properties": BOOK}},
+    {"name": "book", "parameters": {"type": "object", "required": ["city"], "properties": BOOK,
+                                    "$defs": DEFS}},
     {"name": "stop", "parameters": {}})]
 
 
@@ -226,6 +269,7 @@ CALL, STOP = xml(OSLO), hermes("{}", "stop")
 COMPLETIONS = {
     True: [
         CALL, hermes(OSLO), hermes('{"people": 2, "city": "Oslo"}'), CALL.replace("\n", ""),
+        hermes(OSLO).replace("arguments", "parameters"),            # as references may name them
         hermes('"{\\"city\\": \\"Oslo\\", \\"people\\": 2}"'), hermes(OSLO).replace("\n", ""),
         hermes('{"city": "\\u004fslo", "people": 2}'), xml({"people": 2, "city": "Oslo"}),
         "Let me see.\n" + CALL + "\nDone.", "<think>\nOslo?\n</think>\n" + CALL,
@@ -247,7 +291,8 @@ COMPLETIONS = {
         hermes('{"city": "Oslo", "people": 2, "people": 2}'),
         hermes('"{\\"city\\": \\"Oslo\\", \\"people\\": 2, \\"people\\": 2}"'),
         hermes('{"city": "Oslo", "people": 2'), hermes("{'city': 'Oslo', 'people': 2}"),
-        hermes('{"city": "Oslo", "people": 2,}'), hermes(OSLO).replace("arguments", "parameters"),
+        hermes('{"city": "Oslo", "people": 2,}'), hermes(OSLO).replace("arguments", "args"),
+        hermes('[["city", "Oslo"], ["people", 2]]'),
         hermes('{"people": ' + "[" * 2000), xml({"city": "Oslo", "people": "[" * 600 + "]" * 600})],
 }
 
@@ -289,6 +334,14 @@ DELIMITERS = [
      [{"floor": 2}, {"floor": 2, "door": "2.0"}]),
     ("map", {"a": "7"}, [{"a": "7"}, {"a": 7}, '{"a": "7"}'], [{"a": "7.0"}, {"b": "7"}]),
     ("any", None, [None, "null", "None"], ["", 0, False]), ("any", {}, [{}, "{}"], [[], "", None]),
+    ("ref", "1.10", ["1.10"], ["1.1", 1.1]), ("all", "1.10", ["1.10"], ["1.1", 1.1]),
+    ("enum", "1.10", ["1.10"], ["1.1", 1.1]), ("either", "1.10", ["1.10"], ["1.1"]),
+    ("either", 5, [5, "5"], ["05", 6]), ("union", "1.10", ["1.10"], ["1.1"]),
+    ("which", {"id": "1.10"}, [{"id": "1.10"}], [{"id": "1.1"}, {}]),
+    ("many", "1.10", ["1.10"], ["1.1", ["1.10"]]),
+    ("many", ["1.10"], [["1.10"], '["1.10"]'], [["1.1"], "1.10"]),
+    ("node", {"next": {"value": "1.0"}}, ['{"next": {"value": "1.0"}}'],
+     [{"next": {"value": "1"}}]),
     ("any", [1, [2, {"x": [3]}]], ["[1, [2, {\"x\": [3]}]]", [1, [2.0, {"x": ["3"]}]]], [[1, 2]]),
     *[(name, text, [text], [text + "."])
       for text in DELIMITERS for name in ("city", "any", "content")]])
@@ -302,6 +355,47 @@ def test_toolmind_arguments_are_judged_by_the_tools_schema(name, reference, righ
         for value in values:
             assert judged(call, hermes({name: value})) == expected, value
     assert not judged(call, hermes({}))
+
+
+@pytest.mark.parametrize("schema", [
+    {"allOf": [{"type": "object", "properties": {"code": {"type": "string"}}}]},
+    {"$ref": "#/$defs/all", "$defs": {"all": {"properties": {"code": {"type": "string"}}}}}])
+def test_toolmind_a_tools_whole_schema_may_be_combined_or_referred_to(schema):
+    tools, call = [tasks.tool_schema({"name": "f", "parameters": schema})], ("f", {"code": "1.10"})
+    assert judged([call], hermes(call[1], "f"), tools)
+    assert not judged([call], hermes({"code": "1.1"}, "f"), tools)
+
+
+@pytest.mark.parametrize("name", [
+    "city", "people", "price", "quiet", "tags", "null", "map", "maybe", "room", "all", "ref",
+    "enum", "either", "node", "which"])
+@pytest.mark.parametrize("text", [
+    "5", "5.5", "-3", "1.10", "True", "False", "true", "null", "Oslo", "[1, 2]", '["a"]', "['a']",
+    '{"a": 1}', "{'a': True}", "(1, 2)", "", '"quoted"', "1,080"])
+def test_toolmind_reads_an_xml_parameter_as_vllms_parser_does(name, text):
+    """Version 0.32 takes a Python list or dict for a text, not for the list or dict."""
+    root = TOOLS[0]["function"]["parameters"]
+    schema = {"ref": DEFS["text"], "node": DEFS["node"]}.get(name, BOOK[name])
+    deployed = coerce_to_schema_type(text, extract_types_from_schema(schema))
+    assert tasks.canonical(text, BOOK[name], root) == tasks.canonical(deployed, BOOK[name], root)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not at hand")
+@pytest.mark.parametrize("dialect", [hermes, xml])
+def test_bfcls_possible_calls_score_one(dialect):
+    """For each of its 400 questions, under the schema of its tool."""
+    files = [SHARED / "bfcl" / folder / "BFCL_v4_simple_python.json"
+             for folder in ("", "possible_answer")]
+    count = 0
+    for asked, possible in zip(*map(open, files), strict=True):
+        tools = [tasks.tool_schema(tool) for tool in json.loads(asked)["function"]]
+        (name, accepted), = json.loads(possible)["ground_truth"][0].items()
+        arguments = {key: values[0] for key, values in accepted.items() if values[0] != ""}
+        assert judged([(name, arguments)], dialect(arguments, name), tools)
+        for key in arguments:
+            assert not judged([(name, arguments)], dialect({**arguments, key: "else"}, name), tools)
+        count += 1
+    assert count == 400
 
 
 def test_toolmind_reward_rises_with_what_is_right():
@@ -321,7 +415,8 @@ json_values = st.recursive(
 schemas = st.recursive(
     st.none() | st.booleans() | st.integers() | st.sampled_from(["string", "object", "List[str]"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(
-        ["type", "properties", "items", "anyOf", "oneOf", "additionalProperties", "x"]), inner),
+        ["type", "properties", "items", "anyOf", "oneOf", "allOf", "$ref", "enum",
+         "additionalProperties", "x"]), inner),
     max_leaves=8)
 often = settings(max_examples=300, deadline=None, derandomize=True,
                  suppress_health_check=list(HealthCheck))

@@ -77,6 +77,7 @@ SCHEMA = {"type": "object", "properties": {"room": {"type": "string"}}, "require
     ({"parameters": {"parameters": {"room": {"type": "str"}}}}, {"room": {"type": "str"}}),
     ({"arguments": {"room": {"type": "int"}}}, {"room": {"type": "int"}}),
     ({"input_schema": SCHEMA}, {"room": {"type": "string"}}),
+    ({"inputSchema": SCHEMA}, {"room": {"type": "string"}}),
     ({"parameters": {"room": "string"}}, {"room": {"type": "string"}}),
     ({"parameters": json.dumps(SCHEMA)}, {"room": {"type": "string"}})])
 @pytest.mark.parametrize("wrapped", [True, False])
