@@ -1,4 +1,10 @@
-"""What the tests share: the tiny model, its processor, one vLLM engine, and the two programs."""
+"""What the tests share: the tiny model, its processor, one vLLM engine, and the two programs.
+
+Where a new test belongs: test_pixels (seed, image), test_loss, test_training (rollout, gradient,
+sampling), test_families, test_ranks, test_resume (the run's folder), test_seams (what adopters
+replace), test_rows and test_tasks (data, splits, prompts), test_scorers (answers), test_eval (arms,
+tables, engine), test_server, test_command_line (both programs), test_bench and test_baselines.
+"""
 
 import json
 import os
@@ -50,6 +56,18 @@ def refused(*command, **env):
 
 
 # The programs, in this process --------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused_here(capsys):
+    """As `refused`, in this process, which saves the imports."""
+    def sentence(program, *flags, **seams):
+        with pytest.raises(SystemExit) as exit:
+            {"art": art, "eval": tasks}[program].main([*map(str, flags)], **seams)
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert exit.value.code == 2 and last.startswith(f"{program}.py: error: "), last
+        return last
+    return sentence
 
 
 def config(out, *flags):

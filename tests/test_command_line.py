@@ -17,8 +17,7 @@ from PIL import Image
 import art
 import eval as tasks
 from conftest import ENV, QUICK, ROOT, SEED, TINY, config, data, refused
-from quick_loop import FLAGS, STAND_INS, whole
-from test_resume import FILES
+from quick_loop import FILES, FLAGS, STAND_INS, whole
 
 ART = ["--task", "gsm8k", "--model", TINY, "--data", data("gsm8k", "train")]
 EVAL = ["none", "--task", "gsm8k", "--model", TINY, "--data", data("gsm8k", "test")]
@@ -73,6 +72,7 @@ WRONG = [
     ("art", ["--seed", "no such.png"], r"no such\.png: it is no readable picture \(.*No such file"),
     ("art", ["--size", "200"], r"--size 200: .*would resize or refuse it; found to work: .*256"),
     ("art", ["--prompts", "1000"], r"--prompts 1000: only \d+ examples are left beside --validat"),
+    ("art", ["--gpu-memory-utilization", "2"], r"--gpu-memory-utilization 2.0: give .* to 1"),
     ("eval", ["no such.png"], r"no such\.png: it is no readable picture"),
     ("eval", ["--temperature", "-1"], r"--temperature -1.0: give a number from 0"),
     ("eval", ["--temperature", "nan"], r"--temperature nan: give a number from 0"),
@@ -85,18 +85,6 @@ WRONG = [
     ("eval", ["--out", "nowhere/results.jsonl"], r"No such file .*: 'nowhere/results\.jsonl'"),
     ("eval", ["--model", "nobody/nothing"], r"--model nobody/nothing cannot be loaded .*HF_TOKEN"),
 ]
-
-
-@pytest.fixture
-def refused_here(capsys):
-    """As `refused`, in this process, which saves the imports."""
-    def sentence(program, *flags, **seams):
-        with pytest.raises(SystemExit) as exit:
-            {"art": art, "eval": tasks}[program].main([*map(str, flags)], **seams)
-        last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert exit.value.code == 2 and last.startswith(f"{program}.py: error: "), last
-        return last
-    return sentence
 
 
 @pytest.mark.parametrize("program, flags, sentence", WRONG)
@@ -114,8 +102,9 @@ def test_a_wrong_input_gets_one_sentence(program, flags, sentence, refused_here,
 
 def test_a_full_disk_ends_in_one_sentence(refused_here, tmp_path):
     full = mock.patch.object(Path, "write_bytes", side_effect=OSError(28, "No space left"))
-    with full, mock.patch.multiple(art, **STAND_INS):
-        sentence = refused_here("art", *FLAGS, "--out", tmp_path, llm="none", model="none")
+    nothing = dict.fromkeys(("load_engine", "load_model"), lambda *arguments: "none")
+    with full, mock.patch.multiple(art, **STAND_INS, **nothing):
+        sentence = refused_here("art", *FLAGS, "--out", tmp_path)
     assert sentence.endswith("No space left")
 
 

@@ -20,7 +20,6 @@ from vllm.platforms import current_platform
 import eval as tasks
 from conftest import ARMS, LIMIT, SEED, TINY, data, eval_flags, eval_main, kept
 from eval import TASKS
-from test_command_line import refused_here                                  # noqa: F401, a fixture
 
 
 class Parrot:

@@ -12,8 +12,7 @@ import art
 from conftest import ENV, ROOT, SEED, TINY, config, data
 from eval import TASKS
 from family_step import far
-from quick_loop import whole
-from test_resume import FILES
+from quick_loop import FILES, whole
 
 FLAGS = ["--task", "gsm8k", "--seed", SEED, "--model", TINY, "--data", data("gsm8k", "train"),
          "--prompts", 3, "--validation", 15, "--validate-every", 2, "--max-new-tokens", 48,

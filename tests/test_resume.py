@@ -19,8 +19,6 @@ from conftest import ENV, ROOT, SEED, TINY, config, data
 from eval import InputError
 from quick_loop import train, whole
 
-FILES = {"best.png", "last.png", "panel.png", "seed.png", "metrics.jsonl", "state.pt"}
-
 
 def test_a_real_run_killed_and_resumed_is_the_uninterrupted_one(tmp_path, llm, model):
     """Another process is killed at its second step and resumed. It ends with the same pixels,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from vllm.tool_parsers.utils import coerce_to_schema_type, extract_types_from_schema
 
 import eval as tasks
-from conftest import ROOT, data
+from conftest import ROOT, data, reward, score
 from eval import TASKS
 
 SHARED = ROOT.parent / "shared" / "data"                    # real rows, where they are at hand
@@ -21,10 +21,6 @@ SHARED = ROOT.parent / "shared" / "data"                    # real rows, where t
 
 def question(target, tools=None):
     return tasks.Example("", [], target, tools)
-
-
-def reward(task, example, text):
-    return (TASKS[task].reward or TASKS[task].score)(example, text)
 
 
 def rows(table, before=""):
@@ -95,7 +91,7 @@ def test_gsm8k_reads_the_number_a_person_would(text, value):
     assert tasks.gsm8k_answer(None, text) == value
     for target in (18, -7, 5, 1080):
         example = question(Fraction(target))
-        assert TASKS["gsm8k"].score(example, text) == (value == target)
+        assert score("gsm8k", example, text) == (value == target)
         assert reward("gsm8k", example, text) == (value == target)          # binary
 
 
@@ -123,7 +119,7 @@ GSM8K_OTHERWISE = {
     ("Answer: 18 + 2", 18, None), ("<think>Answer: 18", 18, None), ("Answer: ,", None, None)])
 def test_gsm8k_by_the_papers_rule_and_by_ours(text, read, value):
     assert tasks.gsm8k_paper_answer(text) == read and tasks.gsm8k_answer(None, text) == value
-    result = tasks.judge(TASKS["gsm8k"], question(Fraction(18)), (text, 1, False))
+    result, = tasks.judge(TASKS["gsm8k"], [question(Fraction(18))], [(text, 1, False)])
     assert result["paper_score"] == (read == 18) and result["score"] == (value == 18)
 
 
@@ -138,7 +134,7 @@ def test_gsm8ks_reference_solutions_score_one_however_they_end():
         solution, number = row["answer"].split("#### ")
         example = tasks.gsm8k_example(row)
         for ending in endings:
-            assert TASKS["gsm8k"].score(example, solution + ending.format(number)) == 1
+            assert score("gsm8k", example, solution + ending.format(number)) == 1
         sentence = re.sub(r"<<.*?>>", "", solution.rstrip("\n")).splitlines()[-1]
         read = tasks.gsm8k_answer(None, "Answer: " + sentence)
         right += read == example.target
@@ -189,7 +185,7 @@ GPQA = {
                          rows(BEHIND_THE_PROMPTS_WORDS, "The correct answer is ") + rows(GPQA))
 def test_gpqa_reads_the_letter_a_person_would(text, letter):
     assert tasks.gpqa_answer(None, text) == letter
-    assert TASKS["gpqa"].score(question("B"), text) == (letter == "B")
+    assert score("gpqa", question("B"), text) == (letter == "B")
     assert reward("gpqa", question("B"), text) == {"B": 1.0, None: 0.0}.get(letter, 0.1)
 
 
@@ -259,9 +255,9 @@ def xml(arguments, name="book"):
 
 def judged(reference, text, tools=TOOLS):
     example = question(tasks.comparable(reference, tools), tools)
-    score, value = TASKS["toolmind"].score(example, text), reward("toolmind", example, text)
-    assert (value == 1) == (score == 1) and value in (0, 0.1, 0.3, 1)
-    return score == 1
+    found, value = score("toolmind", example, text), reward("toolmind", example, text)
+    assert (value == 1) == (found == 1) and value in (0, 0.1, 0.3, 1)
+    return found == 1
 
 
 OSLO, ROME = {"city": "Oslo", "people": 2}, {"city": "Rome"}
@@ -444,7 +440,7 @@ def test_toolmind_every_reference_scores_one_and_no_other(arguments, dialect, od
         oddly = tasks.toolmind_example({**row, "tools": [{"name": "odd", "parameters": odd}]})
     except Exception:
         return                                              # a row that is left out
-    assert TASKS["toolmind"].score(oddly, hermes(arguments, "odd")) == 1
+    assert score("toolmind", oddly, hermes(arguments, "odd")) == 1
 
 
 PIECES = [
@@ -472,11 +468,11 @@ completions = st.text(max_size=200) | st.lists(
 @example(text="")
 def test_every_completion_has_a_score(name, text):
     for example in TASKS[name].load("test", data(name, "test"), 2):
-        score = TASKS[name].score(example, text)
+        found = score(name, example, text)
         value, answer = reward(name, example, text), TASKS[name].answer(example, text)
-        assert score in (0.0, 1.0) and 0 <= value <= 1 and (score == 1) == (value == 1)
-        assert score == 0 or answer is not None
-        tasks.judge(TASKS[name], example, (text, 1, False))
+        assert found in (0.0, 1.0) and 0 <= value <= 1 and (found == 1) == (value == 1)
+        assert found == 0 or answer is not None
+        tasks.judge(TASKS[name], [example], [(text, 1, False)])
 
 
 @pytest.mark.parametrize("pattern", PIECES)

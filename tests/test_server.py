@@ -21,7 +21,6 @@ import pytest
 import eval as tasks
 from conftest import ARMS, ENV, TINY, data, eval_flags, eval_main, kept
 from eval import TASKS, InputError
-from test_command_line import refused_here                                  # noqa: F401, a fixture
 
 # Stand-ins ----------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ def evaluate(llm, processor, task, examples, image, max_new_tokens):
     return [{"score": float(np.asarray(image, dtype=float).std()) / 255}]
 
 
+FILES = {"best.png", "last.png", "panel.png", "seed.png", "metrics.jsonl", "state.pt"}
 STAND_INS = {
     "load_processor": lambda name: None, "check_size": lambda *sizes: None,
     "drop_long": lambda processor, examples, *others: examples,
