@@ -4,8 +4,8 @@
     python eval.py none best.png --task gsm8k --server http://localhost:8000/v1
 
 All arms answer the same questions. An arm is a picture file, `none` (the text alone), `random` (a
-fresh random picture a question) or `string:N` (N fresh random text tokens a question). The defaults
-are those of the paper's published evaluation (arXiv 2606.11854).
+fresh random picture for each question) or `string:N` (N fresh random text tokens for each). The
+defaults are those of the paper's published evaluation (arXiv 2606.11854).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from operator import getitem
 from pathlib import Path
 from types import NoneType
@@ -110,7 +110,7 @@ class Task:
             for row in rows:
                 try:
                     examples.append(self.example(row))
-                except Exception as error:              # rows are as irregular as their authors
+                except Exception as error:              # a row may lack anything, in any form
                     errors.append(f"{type(error).__name__}: {one_line(error)}")
                 if len(examples) == limit:
                     break
@@ -260,12 +260,12 @@ INVISIBLE = re.compile(r'(?i)\\[,!;: ]|\\(?![a-z])|[{}"$\u20ac\u00a3\u00a5%_]') 
 
 def without_thought(text: str) -> str:
     """What stands after the last </think> and before a thought that was cut off."""
-    text = text.strip().removesuffix("</think>")        # closed once too often, after the answer
+    text = text.strip().removesuffix("</think>")        # some close a thought again at the very end
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def claims(text: str, mark: re.Pattern) -> Iterator[str]:
-    """Behind each mark, the last first, the first line that says anything, without markup."""
+    """After each mark, the last one first, the first line that says anything, without markup."""
     text = without_thought(text).translate(TYPOGRAPHY)
     for found in reversed(list(mark.finditer(text))):
         claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 300])
@@ -273,9 +273,10 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
         yield next((line for line in claim.splitlines() if re.search(r"\w", line)), "")
 
 
-# GSM8K: right of the last "=", up to a bracket or the sentence's end, the first run of digits and
-# signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A number that stands directly
-# behind a mark counts before one further on ("the answer is reasonable because 3 eggs are left").
+# GSM8K: right of the line's last "=", up to a bracket or the sentence's end, the first run of
+# digits and signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A number that
+# stands directly after its mark counts before one that stands further on: "Answer: Janet's ducks
+# lay 16 eggs", steps, and "\boxed{18}" below give 18.
 
 EXPLAINED = re.compile(r"^(\D*\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")      # "18 (= 9 * 2). So"
 EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
@@ -306,7 +307,7 @@ def gsm8k_example(row: dict) -> Example:
 
 
 def to_fraction(number: str) -> Fraction:
-    """Of "-$1,080.50" or "36/2"."""
+    """The value of a text such as "-1,080.50" or "36/2"."""
     above, _, below = re.sub(r"[^-\d./]", "", number).partition("/")
     return Fraction(above) / int(below or 1)
 
@@ -314,11 +315,11 @@ def to_fraction(number: str) -> Fraction:
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
     lines = [*claims(text, COLON), *claims(text, OTHER)]
     lines = [EQUALS.split(EXPLAINED.sub(r"\1", line))[-1] for line in lines]
+    lines = [NEGATIVE.sub("-", line).lstrip(" :(['~+<") for line in lines]
     for read in RUN.match, RUN.search:
-        for line in lines:
-            if run := read(NEGATIVE.sub("-", line).lstrip(" :(['~+<")):
-                number = NUMBER.fullmatch(run[0].strip())
-                return to_fraction(number[1]) if number else None
+        for run in filter(None, map(read, lines)):
+            number = NUMBER.fullmatch(run[0].strip())
+            return to_fraction(number[1]) if number else None
     return None
 
 
@@ -348,7 +349,7 @@ def gpqa_example(row: dict) -> Example:
     key, question, *texts = values = [field_text(row[name]).strip() for name in GPQA_FIELDS]
     if "" in values or texts[0] in texts[1:]:
         raise ValueError("it lacks its Record ID, question or a choice, or has the right one twice")
-    order = sorted(range(4), key=lambda i: key_hash(f"{key} {i}"))                  # 0 is right
+    order = sorted(range(4), key=lambda i: key_hash(f"{key} {i}"))      # choice 0 is the right one
     choices = "\n".join(f"({letter}) {texts[i]}" for letter, i in zip("ABCD", order))
     prompt = f"{question}\n\n{choices}\n\nEnd your response with: The correct answer is (X)"
     return Example(key, user_turn(prompt), "ABCD"[order.index(0)])
@@ -360,7 +361,8 @@ def gpqa_answer(example: Example | None, text: str) -> str | None:
         for read in BEGINS.match, BRACKETED.search, ALONE.match:
             for letter in filter(None, map(read, lines)):
                 return letter[1].upper()
-    letter = ALONE.match(without_thought(text).strip().rpartition("\n")[2])     # without a mark
+    # Without any mark, the last line may be nothing but the letter.
+    letter = ALONE.match(without_thought(text).strip().rpartition("\n")[2])
     return letter[1].upper() if letter else None
 
 
@@ -379,9 +381,9 @@ def gpqa_half(path: str, split: str) -> Iterator[dict]:
 
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
-# A completion is right if it makes exactly the reference's calls, in any order, in either dialect
-# (Hermes JSON, Qwen3.5 XML). Under the tool's schema: it tells whether "5" is a text, or is 5. XML
-# is read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
+# A completion is right if it makes exactly the reference's calls, in any order, in either dialect:
+# Hermes JSON or Qwen3.5's XML. The tool's schema tells whether "5" is a text or the number. XML is
+# read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
 
 PYTHON = {"True": "true", "False": "false", "None": "null"}
 
@@ -399,7 +401,7 @@ def tool_schema(tool: dict) -> dict:
     names = ("parameters", "input_schema", "inputSchema", "arguments")
     schema = parsed(next((tool[name] for name in names if tool.get(name)), {}))
     while "parameters" in schema and "type" not in schema:
-        schema = schema["parameters"]                   # doubly wrapped
+        schema = schema["parameters"]                   # some tools wrap their schema twice
     is_schema = not schema.keys().isdisjoint(("properties", "$ref", *COMBINED))
     if not is_schema and schema.get("type") != "object":
         properties = {k: v if isinstance(v, dict) else {"type": v} for k, v in schema.items()}
@@ -468,8 +470,9 @@ def schemas_of(schema, root: dict) -> Iterator[dict]:
 
 
 def canonical(value, schema, root: dict):
-    """A tool's argument as the JSON that it holds; but as text where its schema says string, and
-    does not name that JSON's type, too. `root`: the tool's whole schema."""
+    """A tool's argument as the JSON that it holds, or as text where its schema says string and does
+    not name the type of that JSON, too. `root` is the tool's whole schema, to which "$ref" points.
+    """
     schemas, inner = list(schemas_of(schema, root)), parsed(value)
     named = [type(item).__name__ for schema in schemas for item in schema.get("enum") or ()]
     named = str([*named, *(schema.get("type") for schema in schemas)]).lower()
@@ -538,7 +541,7 @@ def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
 
 
 def read_calls(text: str) -> list[tuple[str, dict]]:
-    """The calls (name, arguments) behind the last thought. Raises an error if one is unreadable."""
+    """The calls (name, arguments) after the last thought. Raises an error if one is unreadable."""
     calls, position = [], 0
     while start := CALL.search(text, position):
         if not start[0].startswith("<tool_call>"):      # a thought, or the end of one
@@ -547,13 +550,15 @@ def read_calls(text: str) -> list[tuple[str, dict]]:
         try:
             name, arguments, position = read_call(text, start)
             calls.append((name, arguments))
-        except Exception:                               # a draft in a thought; else a ValueError
+        except Exception:
+            # The model may have thought aloud here: go on after its thought. Where none ends,
+            # `index` raises ValueError.
             position = text.index("</think>", start.end())
     return calls
 
 
 def toolmind_answer(example: Example, text: str) -> Counter | None:
-    with suppress(Exception):                           # an unreadable call or schema
+    with suppress(Exception):                           # of an unreadable call or schema
         return comparable(read_calls(text), example.tools) or None
     return None
 
@@ -630,7 +635,7 @@ TASKS = {
     "gpqa": Gpqa(gpqa_example, gpqa_answer, divide=gpqa_half,
                  hub="Idavidrein/gpqa gpqa_extended.csv"),
     "toolmind": ToolMind(toolmind_example, toolmind_answer, divide=toolmind_rows,
-                     hub="Nanbeige/ToolMind graph_syn_datasets/graphsyn.jsonl"),
+                         hub="Nanbeige/ToolMind graph_syn_datasets/graphsyn.jsonl"),
 }
 
 
@@ -648,7 +653,7 @@ def open_picture(path: str) -> Image.Image:
             picture.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[raw_mode]
         if colour is not None and raw_mode == "RGB;16B":
             picture.info["transparency"] = tuple(value // 256 for value in colour)
-        with suppress(Exception):                       # broken EXIF data: the picture as it lies
+        with suppress(Exception):                       # with broken EXIF data it stays as it lies
             picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("F", "I"):
             raise ValueError("32 bits a value")
@@ -663,7 +668,7 @@ def open_picture(path: str) -> Image.Image:
 
 
 def png_bytes(picture: Image.Image, notes: dict = {}) -> bytes:
-    """A PNG file with `notes` in its text chunks; the paper measures the bytes without."""
+    """A PNG file with `notes` in its text chunks. The sizes in eval.py's table are without them."""
     chunks, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     for keyword, text in notes.items():
         chunks.add_text(keyword, str(text))
@@ -691,7 +696,7 @@ def load_processor(model: str):
     logging.set_verbosity_error()
     cannot, remedy = f"--model {model} cannot be loaded", f"correct the name, or {HUB}"
     with explained(cannot, remedy):
-        config = AutoConfig.from_pretrained(model)      # one file: without a hub it fails soon
+        config = AutoConfig.from_pretrained(model)      # a small file: without a hub it fails soon
     if type(config) not in MULTIMODAL:
         raise InputError(f"--model {model} takes no image ({type(config).__name__}): give a "
                          "multimodal model, such as Qwen/Qwen3.5-0.8B.")
@@ -740,7 +745,8 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
             longest = max(longest, count_tokens(processor, example, picture))
         if picture is not None and is_resized(processor, *picture.size):
             print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
-    more = longest - counts[0] + 2                      # 2: a string may merge with the question
+    # A random string may be tokenised with what follows it: two tokens are kept free for that.
+    more = longest - counts[0] + 2
     fit = [e for e, count in zip(examples, counts) if count + more <= max_tokens]
     print(f"{len(fit)} of {len(examples)} prompts fit into {max_tokens} tokens", file=sys.stderr)
     if not fit:
@@ -762,7 +768,7 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
         try:
             prompt = render(processor, example)
             prompt.encode()                             # raises for lone surrogates
-        except Exception as error:                      # templates raise what they like
+        except Exception as error:                      # a template may raise any error
             faults.append(f"the model's chat template refuses it ({one_line(error)})")
             continue
         shown = parts_shown(example, prompt)
@@ -795,26 +801,31 @@ def parts_shown(example: Example, prompt: str) -> dict[str, bool]:
     for message in example.messages:
         calls, content = message.get("tool_calls") or (), message.get("content") or ()
         said += [("earlier calls", str(call["function"]["name"])) for call in calls]
-        if message["role"] != "assistant":              # some templates show only its calls
+        # Beside an assistant's calls some templates do not show its text.
+        if message["role"] != "assistant":
             texts = [content] if isinstance(content, str) else [p.get("text", "") for p in content]
             said += [(f"{message['role']} messages", text.strip()) for text in texts]
     shown, times = {}, Counter()
     for part, text in said:
         times[text] += 1
-        forms = {text, json.dumps(text, ensure_ascii=False)[1:-1]}      # as it is, or within JSON
+        # The text may stand there as it is or within JSON, but not within a list of parts that the
+        # template prints as Python does.
+        forms = {text, json.dumps(text, ensure_ascii=False)[1:-1]}
         count = sum(prompt.count(form) for form in forms)
-        count -= prompt.count(f"'text': {text!r}")      # of a list of parts as Python prints it
+        count -= prompt.count(f"'text': {text!r}")
         shown[part] = shown.get(part, True) and count >= times[text]
     return shown
 
 
+@lru_cache(maxsize=256)
 def is_resized(processor, width: int, height: int) -> bool:
     """Whether the processor scales, or refuses, pictures of this size. Scaling rounds 8-bit values,
-    but not floats: the two results then differ."""
+    but not floats: the two results then differ. A size is tried once, since art.py asks at every
+    update."""
     picture = random_picture(width, height)
     floats = np.array(picture, dtype=np.float32).transpose(2, 0, 1)
     text = render(processor, Example("", [{"role": "user", "content": [IMAGE]}], None))
-    with suppress(ValueError, RuntimeError):            # no whole number of patches
+    with suppress(ValueError, RuntimeError):            # raised where patches do not fit
         inputs = [model_inputs(processor, text, image) for image in (picture, floats)]
         return not inputs[0]["pixel_values"].equal(inputs[1]["pixel_values"])
     return True
@@ -823,7 +834,8 @@ def is_resized(processor, width: int, height: int) -> bool:
 def check_size(processor, width: int, height: int):
     """Raise InputError, naming sides that work, unless the processor leaves such a size as is."""
     if is_resized(processor, width, height):
-        named = dict(processor.image_processor.size).values()           # may hold None, and areas
+        # The sizes that the processor names may hold None, or an area such as 65,536.
+        named = dict(processor.image_processor.size).values()
         sides = {224, 256, 336, 384, 448, 512, 672, 768, 896, *named} & {*range(1025)}
         works = [str(side) for side in sorted(sides) if not is_resized(processor, side, side)]
         raise InputError(f"--size {width}: the model's image processor would resize or refuse it; "
@@ -835,7 +847,8 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
     """A vLLM engine for one image a prompt; vLLM's `options` override ours. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")       # nothing is left behind
+    # In this process the engine ends with it, whatever ends it.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     print("starting vLLM: it loads the model and sets memory aside; on a GPU the first start "
           "compiles for minutes", file=sys.stderr)
     with explained(f"--model {model}: vLLM cannot start it", "change --gpu-memory-utilization, set "
@@ -847,11 +860,11 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
             dtype="bfloat16", max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             limit_mm_per_prompt={"image": 1, "video": 0}, mm_processor_cache_gb=0.2,
             seed=random_seed, load_format="safetensors", use_tqdm_on_load=False,
-            generation_config="vllm",                   # no sampling default of the model's own
-            logprobs_mode="processed_logprobs")         # after division by the temperature
+            generation_config="vllm",           # the model's own sampling defaults stay out
+            logprobs_mode="processed_logprobs")         # these are divided by the temperature
         if current_platform.is_cpu():
-            torch._dynamo.config.disable = True         # no C++ compiler is needed
-            # A prompt in pieces would make vLLM rewind its sampler's generator: not on a CPU.
+            torch._dynamo.config.disable = True         # else a C++ compiler is needed
+            # Where a prompt is run in pieces, vLLM rewinds the sampler's generator on a GPU only.
             ours.update(enforce_eager=True, enable_prefix_caching=False,
                         enable_chunked_prefill=False,
                         max_num_batched_tokens=max(4096, max_model_len))
@@ -859,19 +872,21 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
             # On Hopper vLLM 0.32 would compile FlashInfer's delta rule with an nvcc that pip does
             # not put on the PATH. Prefix caching is safe: its keys hold the image's hash.
             ours.update(gdn_prefill_backend="triton", gpu_memory_utilization=gpu_memory_utilization)
-        if torch.distributed.is_torchelastic_launched():        # torchrun: each rank has its own
+        if torch.distributed.is_torchelastic_launched():        # each of torchrun's ranks has one
             ours["distributed_executor_backend"] = "external_launcher"
         return LLM(model, **{**ours, **options})
 
 
 # Asking -------------------------------------------------------------------------------------------
-# A request is (Example, picture or None), a reply (text, tokens, truncated by the token limit).
+# A request is (Example, picture or None). A reply is (text, number of tokens, whether the token
+# limit ended it).
 
-GREEDY = {"temperature": 0.0, "max_tokens": 512, "presence_penalty": 1.0}              # the paper's
+# The paper's published evaluation samples so.
+GREEDY = {"temperature": 0.0, "max_tokens": 512, "presence_penalty": 1.0}
 
 
 def arm_requests(processor, examples: list[Example], arm, random_seed=0, size=256) -> list[tuple]:
-    """The examples behind an arm: a PIL picture, "none" (or None), "random" or "string:N"."""
+    """The examples as requests of an arm: a PIL picture, "none" (or None), "random", "string:N"."""
     requests = []
     for i, example in enumerate(examples):
         picture = random_picture(size, size, random_seed, i) if arm == "random" else arm
@@ -886,7 +901,7 @@ def arm_requests(processor, examples: list[Example], arm, random_seed=0, size=25
 
 
 def random_string(tokenizer, count: int, *random_seed: int) -> str:
-    """Text of `count` random ordinary tokens that is tokenised into these again."""
+    """A text of `count` random ordinary tokens that is tokenised into the same ones again."""
     generator = np.random.default_rng(random_seed)
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids = []
@@ -916,7 +931,7 @@ class Server:
 
     def __init__(self, url: str, name: str | None = None):
         import openai
-        os.environ.setdefault("NO_PROXY", "localhost,127.0.0.1")    # no proxy to this machine
+        os.environ.setdefault("NO_PROXY", "localhost,127.0.0.1")    # this machine needs no proxy
         os.environ.setdefault("OPENAI_API_KEY", "none")
         with explained(f"--server {url}: it lists no model", "correct it, or set OPENAI_API_KEY"):
             self.client = openai.OpenAI(base_url=url.rstrip("/").removesuffix("/v1") + "/v1")
@@ -928,7 +943,8 @@ class Server:
             raise InputError(f"--served-model-name {name}: {url} serves {', '.join(models)}.")
 
     def ask(self, processor, requests: list[tuple], sampling=GREEDY) -> list[tuple]:
-        """As `ask_engine`; a failed question's text is None. More than one in ten: InputError."""
+        """As `ask_engine`. A failed question's text is None; if more than one in ten fail, it
+        raises InputError."""
         replies = thread_map(partial(self.ask_one, processor, sampling), requests, max_workers=64,
                              unit=" questions", disable=None)
         errors = [reply for reply in replies if isinstance(reply, Exception)]
@@ -979,11 +995,11 @@ def openai_request(example: Example, picture: Image.Image | None) -> dict:
             url = f"data:image/png;base64,{base64.b64encode(png_bytes(picture)).decode()}"
             content[0] = {"type": "image_url", "image_url": {"url": url}}
         for call in message.get("tool_calls", ()):
-            call["id"] = "call"                         # the protocol wants one, templates do not
+            call["id"] = "call"                         # the protocol wants an id, templates do not
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
     # Calls are read from the text, as in process: the server must not parse them.
     tools = {"tools": example.tools, "tool_choice": "none"} if example.tools else {}
-    # What a request leaves out a server takes from the model's own generation_config.
+    # A server takes what a request leaves out from the model's own generation_config.
     plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
              "chat_template_kwargs": {"enable_thinking": False}}
     return {"messages": messages, "top_p": 1.0, "extra_body": plain, **tools}
@@ -1006,7 +1022,7 @@ def judge(task: Task, examples: list[Example], replies: list[tuple]) -> list[dic
 
 
 def evaluate(llm, processor, task: Task, examples, picture, max_new_tokens=512) -> list[dict]:
-    """For art.py's validation: greedy completions behind a PIL picture, scored by `judge`."""
+    """For art.py's validation: greedy completions after a PIL picture, scored by `judge`."""
     requests = arm_requests(processor, examples, picture)
     replies = ask_engine(llm, processor, requests, {**GREEDY, "max_tokens": max_new_tokens})
     return judge(task, examples, replies)
@@ -1047,20 +1063,20 @@ def parse_args(argv: list[str] | None = None):
     add = parser.add_argument
     add("arms", nargs="+", metavar="ARM", help="a picture file, `none`, `random` or `string:N`")
     add("--task", choices=TASKS, required=True, help="the benchmark")
-    add("--model", help="hub name or folder (the server's, or Qwen/Qwen3.5-0.8B)")
-    add("--data", help="local .jsonl, .csv or .parquet in the benchmark's own schema")
+    add("--model", help="hub name or folder of the model (the server's, or Qwen/Qwen3.5-0.8B)")
+    add("--data", help="a local .jsonl, .csv or .parquet file in the benchmark's own schema")
     add("--server", metavar="URL", help="ask http://HOST:8000/v1, with the key OPENAI_API_KEY")
     add("--served-model-name", help="the model's name there, if it is not --model")
-    add("--out", help="file to which every completion is added, a JSON line an arm")
-    add("--limit", type=int, help="the first so many questions only (all)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    add("--presence-penalty", type=float, default=1.0, help="(1, as in the paper)")
-    add("--size", type=int, default=256, help="side of the `random` pictures in pixels (256)")
-    add("--random-seed", type=int, default=0, help="of `random` and `string` (0)")
-    add("--max-new-tokens", type=int, default=512, help="a completion is cut off there (512)")
-    add("--max-model-len", type=int, default=4096, help="of prompt and completion (4096)")
+    add("--out", help="a file to which each arm adds its completions, as one line of JSON")
+    add("--limit", type=int, help="ask only the first so many questions (all)")
+    add("--temperature", type=float, default=0.0, help="the sampling temperature; 0 is greedy (0)")
+    add("--presence-penalty", type=float, default=1.0, help="vLLM's; 1 as in the paper (1)")
+    add("--size", type=int, default=256, help="the side of the `random` pictures in pixels (256)")
+    add("--random-seed", type=int, default=0, help="seeds what `random` and `string` draw (0)")
+    add("--max-new-tokens", type=int, default=512, help="most tokens of a completion (512)")
+    add("--max-model-len", type=int, default=4096, help="most tokens with the prompt (4096)")
     add("--max-num-seqs", type=int, default=256, help="sequences that vLLM runs at once (256)")
-    add("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's share (0.9)")
+    add("--gpu-memory-utilization", type=float, default=0.9, help="vLLM's share of the GPU (0.9)")
     return parser, parser.parse_args(argv)
 
 
@@ -1069,7 +1085,7 @@ RANGES = {"temperature": (0, 100), "presence_penalty": (-2, 2), "random_seed": (
 
 
 def score_arms(args, llm=None):
-    """Ask the questions behind each arm, keep the completions, print the table."""
+    """Ask each arm's questions, keep the completions, print the table."""
     task, records = TASKS[args.task], {}
     word = r"none|random|string:[1-9]\d{0,2}"
     arms = {name: name if re.fullmatch(word, name) else open_picture(name) for name in args.arms}
