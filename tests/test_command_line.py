@@ -117,6 +117,12 @@ def test_a_model_without_vision_is_refused(refused_here, tmp_path):
     assert f"--model {tmp_path} takes no image (Qwen2Config): give a multimodal model" in sentence
 
 
+def test_a_world_size_of_another_launcher_is_not_ours():
+    """A job's environment may hold it without torchrun: nobody else would come to the meeting."""
+    sentence = refused("art.py", *ART, "--data", "none.jsonl", WORLD_SIZE="2", RANK="1")
+    assert "none.jsonl: it cannot be read" in sentence
+
+
 def test_both_programs_end_with_a_sentence_and_code_2(tmp_path):
     """If the hub cannot be reached, or data are gated there, what to do is said, and soon."""
     assert "no.png: it is no readable picture" in refused("art.py", *ART, "--seed", "no.png")

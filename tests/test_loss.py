@@ -1,6 +1,8 @@
 """The algorithm's two formulas against TRL's GRPOTrainer: code of the field that this project did
 not write."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -55,40 +57,64 @@ def test_advantages_are_trls(trl_trainer):
     assert (expected[-2 * G:].abs() < 1e-3).all() and expected[-3 * G] > 1      # equal: nothing
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("parts", [1, 3])
-def test_loss_and_gradient_are_trls(trl_trainer, monkeypatch, weighted, parts):
-    """Unequal lengths, ratios on both sides of both clips; also cut into micro-batches."""
-    torch.manual_seed(parts)
+@pytest.fixture(params=[1, 3], ids=["whole", "in three micro-batches"])
+def batch(request):
+    """(parts of the rows, logp, old_logp, advantages, mask, weight): unequal lengths, and ratios on
+    both sides of both clips, for both signs of the advantage."""
+    torch.manual_seed(request.param)
     logp = (torch.randn(P * G, T, dtype=torch.double) - 2).requires_grad_()
     old_logp = logp.detach() + 0.5 * torch.randn_like(logp)
     mask = torch.arange(T) < torch.randint(1, T + 1, (P * G, 1))
     advantages = art.group_advantages(torch.rand(P, G)).flatten().double()
-    weight = torch.rand_like(old_logp) * 2
-    for bound, sign in ((0.8, -1), (1.28, 1)):                  # both clips bite, for both signs
+    for bound, sign in ((0.8, -1), (1.28, 1)):
         beyond = (((logp - old_logp).exp() - bound) * sign > 0) & mask
         assert (beyond & (advantages[:, None] > 0)).any()
         assert (beyond & (advantages[:, None] < 0)).any()
+    parts = torch.arange(P * G).chunk(request.param)
+    return parts, logp, old_logp, advantages, mask, torch.rand_like(old_logp) * 2
 
-    monkeypatch.setattr(trl_trainer, "use_vllm", weighted)
-    monkeypatch.setattr(trl_trainer, "vllm_importance_sampling_correction", weighted)
-    expected, theirs, ours, clipped, ratio = 0.0, 0.0, 0.0, 0.0, 0.0
-    trl_trainer._metrics["train"].clear()
-    for rows in torch.arange(P * G).chunk(parts):
-        part = logp[rows], old_logp[rows], advantages[rows], mask[rows]
+
+def compared(trainer, monkeypatch, batch, weighted):
+    """((our loss, TRL's), (our metrics, TRL's clip fraction)), each added up over the parts."""
+    parts, *tensors, mask, weight = batch
+    monkeypatch.setattr(trainer, "use_vllm", weighted)
+    monkeypatch.setattr(trainer, "vllm_importance_sampling_correction", weighted)
+    trainer._metrics["train"].clear()
+    ours, theirs, clipped, metrics = 0.0, 0.0, 0.0, Counter()
+    for rows in parts:
+        part = [tensor[rows] for tensor in (*tensors, mask)]
         part_weight = weight[rows] if weighted else None
-        theirs += their_loss(trl_trainer, monkeypatch, *part, mask.sum(), part_weight)
-        loss, metrics = art.dapo_loss(*part, total_tokens=int(mask.sum()), weight=part_weight)
-        ours, clipped = ours + loss, clipped + metrics["clip_fraction"]
-        ratio += metrics["ratio"].item()
-        share = mask[rows].sum().item() / mask.sum().item()
-        expected += trl_trainer._metrics["train"]["clip_ratio/region_mean"][-1] * share
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-    gradients = [torch.autograd.grad(loss, logp, retain_graph=True)[0]
-                 for loss in (ours, theirs)]
+        theirs += their_loss(trainer, monkeypatch, *part, mask.sum(), part_weight)
+        clip = trainer._metrics["train"]["clip_ratio/region_mean"][-1]
+        clipped += clip * mask[rows].sum().item() / mask.sum().item()
+        loss, logged = art.dapo_loss(*part, total_tokens=int(mask.sum()), weight=part_weight)
+        ours += loss
+        metrics.update({name: value.item() for name, value in logged.items()})
+    return (ours, theirs), (metrics, clipped)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_is_trls(trl_trainer, monkeypatch, batch, weighted):
+    losses, _ = compared(trl_trainer, monkeypatch, batch, weighted)
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_its_gradient_is_trls(trl_trainer, monkeypatch, batch, weighted):
+    losses, _ = compared(trl_trainer, monkeypatch, batch, weighted)
+    gradients = [torch.autograd.grad(loss, batch[1], retain_graph=True)[0] for loss in losses]
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-12)
-    assert clipped == pytest.approx(expected, rel=1e-5) and clipped > 0.1
-    assert ratio == pytest.approx((logp - old_logp)[mask].exp().mean().item())
+
+
+def test_its_clip_fraction_is_trls(trl_trainer, monkeypatch, batch):
+    _, (metrics, clipped) = compared(trl_trainer, monkeypatch, batch, False)
+    assert metrics["clip_fraction"] == pytest.approx(clipped, rel=1e-5) and clipped > 0.1
+
+
+def test_its_ratio_is_the_mean_over_completion_tokens(trl_trainer, monkeypatch, batch):
+    _, (metrics, _) = compared(trl_trainer, monkeypatch, batch, False)
+    _, logp, old_logp, _, mask, _ = batch
+    assert metrics["ratio"] == pytest.approx((logp - old_logp)[mask].exp().mean().item())
 
 
 @pytest.fixture
