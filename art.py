@@ -210,8 +210,9 @@ def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int,
 
 def given_completions(processor, prompts: list[str], texts: list[str],
                       image: Image.Image | None) -> list[Completion]:
-    """Completions of given `texts`, each after the image and its rendered prompt, with the
-    tokenizer's end token: for supervised training, or to ask how likely a text is."""
+    """Completions of given `texts`, one for each prompt, with the tokenizer's end token: for
+    supervised training, or to ask how likely a text is. The prompts are those of `render`, with the
+    image's placeholder by `prepend(IMAGE, example)`. Of the image only the size matters here."""
     completions = []
     for prompt, text in zip(prompts, texts, strict=True):
         prompt_ids = model_inputs(processor, prompt, image)["input_ids"][0].tolist()
@@ -276,14 +277,16 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
     """Add the gradient of the loss over P groups of G Completions to that of the pixels.
 
     advantages: (P, G), or a list of P rows. Raises ValueError unless each completion has one.
-    loss_function: is called for each micro-batch as dapo_loss is below, without eps_low and
-        eps_high. It returns a scalar and a dict of metrics, both divided by `total_tokens` or by
-        another number of the whole step, for they are added up over micro-batches and ranks.
+    loss_function: called as loss_function(logp, old_logp, advantages, mask, total_tokens=...,
+        weight=..., completions=...) with the tensors of a micro-batch, shaped as in dapo_loss. It
+        returns a scalar and a dict of metrics, both divided by `total_tokens` or by another number
+        of the whole step, for they are added up over micro-batches and ranks. Supervised training:
+            return -logp.sum() / total_tokens, {}       # logp is 0 where the mask is false
     total_tokens: the completion tokens of the whole step, if these groups are only a part of it
 
-    Returns the metrics. The first call stores the trainer's logprobs in each Completion as its
-    `old_logps`, and later calls use these again. So `entropy` and `mismatch` always describe the
-    policy that vLLM sampled from, not one that has been trained since.
+    Returns the loss function's metrics as floats, with `entropy` and `mismatch`. The first call
+    stores the trainer's logprobs in each Completion as its `old_logps`, and later calls use these
+    again. So these two always describe the policy that was sampled, not one trained since.
     """
     rows, sizes = [len(row) for row in advantages], [len(group) for group in groups]
     if rows != sizes:
@@ -305,9 +308,9 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
         loss, logged = loss_function(logp, old_logp, advantage, mask, total_tokens=total_tokens,
                                      weight=weight, completions=batch)
         loss.backward()
-        logged["entropy"] = -old_logp.sum() / total_tokens
-        logged["mismatch"] = (old_logp - vllm_logp).abs().sum() / total_tokens
-        for name, value in logged.items():
+        sampled = {"entropy": -old_logp.sum() / total_tokens,
+                   "mismatch": (old_logp - vllm_logp).abs().sum() / total_tokens}
+        for name, value in (sampled | logged).items():
             metrics[name] += torch.as_tensor(value).item()
     return metrics
 
@@ -334,7 +337,8 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
     """Logprobs of N Completions of at most T tokens, each after the image and its prompt, with the
     graph to the pixels. Returns them as (N, T), and the mask (N, T) that is true on the
     completions' tokens; elsewhere the logprobs are 0. The completions may follow any prompts; each
-    distinct prompt runs once. Raises RuntimeError if their `prompt_ids` are not the processor's."""
+    distinct prompt runs once. T is the longest completion's length, or 2. Raises RuntimeError if
+    their `prompt_ids` are not the processor's."""
     device, image = model.device, pixels.to_image()
     prompts = {c.prompt: c.prompt_ids for c in completions}                             # K prompts
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
@@ -486,8 +490,8 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
     What you pass takes the place of ours: `pixels` (the same on every rank) that of PixelLogits,
     `loss_function` that of dapo_loss with --eps-low and --eps-high, `llm` and `model` those of
     load_engine and load_model. At the end of each step, when its files are written,
-    `on_step(metrics, groups)` is called with the step's metrics and the groups that this rank
-    trained on. The run ends after this step if it returns True.
+    `on_step(metrics, groups)` is called with the step's metrics, also those of a loss function of
+    your own, and the groups that this rank trained on. The run ends here if it returns True.
     """
     device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)

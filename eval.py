@@ -216,6 +216,7 @@ def key_hash(text: str) -> float:
 
 
 def user_turn(text: str) -> list[dict]:
+    """The messages of a question without a history."""
     text.encode()                                       # raises for lone surrogates, and for bytes
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
