@@ -4,8 +4,10 @@
     python eval.py none best.png --task gsm8k --server http://localhost:8000/v1
 
 All arms answer the same questions. An arm is a picture file, `none` (the text alone), `random` (a
-fresh random picture for each question) or `string:N` (N fresh random text tokens for each). The
-defaults are those of the paper's published evaluation (arXiv 2606.11854).
+fresh random picture for each question) or `string:N` (N fresh random text tokens for each).
+Sampling and token limits are by default those of the paper's published evaluation (arXiv
+2606.11854). Its splits are not published. Prompts that are too long are left out here; there they
+count as wrong.
 """
 
 import argparse
@@ -61,6 +63,12 @@ def check_range(name: str, value, low: float, high: float):
 
 # Tasks --------------------------------------------------------------------------------------------
 
+HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
+# So many rows of a divided file are used at most. The paper tests ToolMind on 2,000.
+MOST = {"train": 8192, "test": 2000}
+# Without it json.loads makes numbers of NaN and Infinity, which JSON does not have.
+NAN_IS_NULL = {"parse_constant": lambda name: None}
+
 
 @dataclass(frozen=True)
 class Example:
@@ -84,7 +92,7 @@ class Task:
 
     example: row -> Example; any error that it raises leaves the row out
     answer: (example, text of a completion) -> the answer that it gives, or None if none is readable
-    hub: "repository file" on the Hugging Face hub
+    hub: "repository file" on the Hugging Face hub; {split} in it becomes "train" or "test"
     paper_answer: text -> the answer by the authors' own rule, reported beside ours
     divide: (path, split) -> the rows of the split, where the hub has one file for all
     """
@@ -99,7 +107,9 @@ class Task:
         whole, unless it is named like the hub's file of a task with `divide`. Raises InputError."""
         from huggingface_hub import hf_hub_download
         name = self.hub.format(split=split)
-        with explained(f"{name or 'this task'} cannot be read", f"{HUB}, or give --data"):
+        if not (name or data):
+            raise InputError("--data: this task has no file on the hub; give a local one.")
+        with explained(f"{name} cannot be read", f"{HUB}, or give --data"):
             path = hf_hub_download(*name.split(), repo_type="dataset") if data is None else data
         rows = read_rows(path)
         if self.divide and Path(path).name in re.split("[ /]", name):
@@ -132,13 +142,6 @@ class Task:
         """Training rewards of a group of completions of one example: art.Completions, which have
         their `text`, `ids`, `answer` and `score` by now. Here the reward is the score."""
         return [completion.score for completion in completions]
-
-
-HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
-# So many rows of a divided file are used at most. The paper tests 2,000.
-MOST = {"train": 8192, "test": 2000}
-# Without it json.loads makes numbers of NaN and Infinity, which JSON does not have.
-NAN_IS_NULL = {"parse_constant": lambda name: None}
 
 
 def read_rows(path: str) -> Iterator[dict]:
@@ -222,9 +225,9 @@ def user_turn(text: str) -> list[dict]:
 
 
 # What a completion gives as its answer ------------------------------------------------------------
-# The format that the prompt asks for outranks everything else: of GSM8K "Answer: 18", of GPQA "The
-# correct answer is (B)". Only without it do the other marks count; of one kind of mark, the last.
-# tests/test_scorers.py has an answer for each part of the patterns.
+# Marks in the format that the prompt asks for are read first: for GSM8K "Answer: 18", for GPQA "The
+# correct answer is (B)". Only without a readable one do the other marks count, and of one kind the
+# last one counts. tests/test_scorers.py has an answer for each part of the patterns.
 
 VERB = r"""
     (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,25}?          # "answer to the question is"
@@ -244,7 +247,7 @@ OTHER = re.compile(r"(?imx) (?<![a-z])(?:answer|correct\s(?:option|choice))\b (?
     """)
 
 TYPOGRAPHY = str.maketrans("\u2010\u2011\u2012\u2013\u2212\u2019\uff1a", "-----':")
-FRACTION = re.compile(r"""(?x)                      # "\frac{1}{2}", "\frac12"
+FRACTION = re.compile(r"""(?x)                      # "\dfrac{1}{2}", "\frac12"; not "3\frac12"
     (?<!\d)\\[cdt]?frac\s* (?:\{\s*(-?[\d.,]+)\s*\}|(\d)) \s*(?:\{\s*(\d+)\s*\}|(\d))
     """)
 MARKUP = re.compile(r"""(?imx)
@@ -266,7 +269,8 @@ def without_thought(text: str) -> str:
 
 
 def claims(text: str, mark: re.Pattern) -> Iterator[str]:
-    """After each mark, the last one first, the first line that says anything, without markup."""
+    """For each mark, the last one first, the first line with a letter or digit in the 300
+    characters after it, without markup."""
     text = without_thought(text).translate(TYPOGRAPHY)
     for found in reversed(list(mark.finditer(text))):
         claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 300])
@@ -274,14 +278,16 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
         yield next((line for line in claim.splitlines() if re.search(r"\w", line)), "")
 
 
-# GSM8K: right of the line's last "=", up to a bracket or the sentence's end, the first run of
+# GSM8K --------------------------------------------------------------------------------------------
+# Right of the line's last "=", up to a bracket or the sentence's end, the first run of
 # digits and signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A number that
 # stands directly after its mark counts before one that stands further on: "Answer: Janet's ducks
 # lay 16 eggs", steps, and "\boxed{18}" below give 18.
 
-EXPLAINED = re.compile(r"^(\D*\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")      # "18 (= 9 * 2). So"
+REMARK = re.compile(r"^(\D*\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")         # "18 (= 9 * 2). So"
 EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
 NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
+ROUGHLY = re.compile(r"(?i)\b(?:about|around|approximately|roughly)\s(?=\W?\d)")        # "about 18"
 RUN = re.compile(r"""(?ix)
     (?: (?:^\s*-\s* | (?<![\w)])-) (?=\.?\d)        # "- 7", "a loss of -7", but not "5-7"
         | \d | (?<!\w)\.\d | [\^\u221a] | \\[a-z]+ | sqrt )                 # "18", "\sqrt{324}"
@@ -290,7 +296,7 @@ RUN = re.compile(r"""(?ix)
         | (?!\\)[\W\d\u00b2\u00b3\u00bc-\u00be\u2070-\u209f\u2150-\u218f] )*  # "18-20", "18\u00b2"
     """)
 NUMBER = re.compile(r"""(?x)
-    ( -?\s* (?:\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+ | \d{0,400})         # "-1,080"
+    ( -?\s* (?=\.?\d) (?:\d{1,3}(?:[,'\u00a0\u2009\u202f]\d{3})+ | \d{0,400})         # "-1,080"
       (?:\.\d{1,400})? (?:\s?/\s?[1-9]\d{0,399})? )                         # ".5", "36/2"
     [^\w^]*                                         # "18."
     """)
@@ -315,8 +321,8 @@ def to_fraction(number: str) -> Fraction:
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
     lines = [*claims(text, COLON), *claims(text, OTHER)]
-    lines = [EQUALS.split(EXPLAINED.sub(r"\1", line))[-1] for line in lines]
-    lines = [NEGATIVE.sub("-", line).lstrip(" :(['~+<") for line in lines]
+    lines = [EQUALS.split(REMARK.sub(r"\1", line))[-1] for line in lines]
+    lines = [ROUGHLY.sub("", NEGATIVE.sub("-", line)).lstrip(" :(['~+<") for line in lines]
     for read in RUN.match, RUN.search:
         for run in filter(None, map(read, lines)):
             number = NUMBER.fullmatch(run[0].strip())
@@ -332,7 +338,8 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
     return Fraction(number[:400]) if re.search(r"\d", number) else None
 
 
-# GPQA: the letter that the line begins with, or else the first one in brackets --------------------
+# GPQA ---------------------------------------------------------------------------------------------
+# The letter that the line begins with, or else the first one in brackets.
 
 BEGINS = re.compile(r"""(?x)
     \W* (?:(?i:option|choice|letter)\W+)?           # "**B**", "option (B)"
@@ -370,7 +377,7 @@ def gpqa_answer(example: Example | None, text: str) -> str | None:
 class Gpqa(Task):
 
     def rewards(self, example: Example, completions: list) -> list[float]:
-        """1 for the right letter, 0.1 for another one: shaped by us."""
+        """1 for the right letter, 0.1 for another one. The paper shapes it by unknown values."""
         return [1.0 if c.score else 0.1 if c.answer else 0.0 for c in completions]
 
 
@@ -386,11 +393,21 @@ def gpqa_half(path: str, split: str) -> Iterator[dict]:
 # Hermes JSON or Qwen3.5's XML. The tool's schema tells whether "5" is a text or the number. XML is
 # read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
 
+# How a schema combines others.
+COMBINED = ("allOf", "anyOf", "oneOf")
+# Chat templates print these in XML as Python does.
 PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
+def unique(pairs: list[tuple]) -> dict:
+    """A dict of pairs (name, value). Raises ValueError if a name comes twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a parameter is given twice")
+    return dict(pairs)
+
+
 def parsed(value):
-    """`value` if it is no string, else what it holds as JSON, else the string itself."""
+    """What a string holds as JSON, or as Python's True, False or None; anything else as it is."""
     with suppress(TypeError, ValueError, RecursionError):
         return json.loads(PYTHON.get(value, value), object_pairs_hook=unique)
     return value
@@ -413,10 +430,10 @@ def tool_schema(tool: dict) -> dict:
 
 def call_of(call: dict) -> tuple[str, dict]:
     """(name, arguments) of a call in JSON. Raises an error where its arguments are no object."""
-    call = call.get("function") or call
-    key = "arguments" if "arguments" in call else "parameters"
-    arguments = parsed(call[key] if len(call) > 1 else None)
-    return call["name"], {**(arguments or {})}
+    call, arguments = call.get("function") or call, {}
+    if call.keys() != {"name"}:                         # a call may have a name and nothing else
+        arguments = parsed(call["arguments" if "arguments" in call else "parameters"]) or {}
+    return call["name"], {**arguments}
 
 
 def calls_of(turn: dict) -> list[tuple[str, dict]]:
@@ -453,7 +470,6 @@ def text_of(turn: dict) -> str:
     return field_text(content)
 
 
-COMBINED = ("allOf", "anyOf", "oneOf")
 # What the type of a value is called in schemas: "integer", "int", "number", "List[str]".
 TYPES = {bool: ("bool",), int: ("int", "num", "float"), float: ("num", "float"),
          list: ("list", "arr"), dict: ("dict", "obj")}
@@ -471,11 +487,12 @@ def schemas_of(schema, root: dict) -> Iterator[dict]:
 
 
 def canonical(value, schema, root: dict):
-    """A tool's argument as the JSON that it holds, or as text where its schema says string and does
-    not name the type of that JSON, too. `root` is the tool's whole schema, to which "$ref" points.
-    """
+    """A tool's argument in one form, so that equal ones compare equal. A string is decoded as JSON
+    ("5" -> 5), unless its schema allows strings and not the decoded type: then a decoded value is
+    turned into a text (5 -> "5"). `root` is the tool's whole schema, to which "$ref" points."""
     schemas, inner = list(schemas_of(schema, root)), parsed(value)
     named = [type(item).__name__ for schema in schemas for item in schema.get("enum") or ()]
+    # All names of types are one text, in which "num" is found as a part of "number".
     named = str([*named, *(schema.get("type") for schema in schemas)]).lower()
     is_json = inner is None or any(name in named for name in TYPES.get(type(inner), ()))
     if "str" in named and not is_json:
@@ -511,16 +528,9 @@ CALL = re.compile(r"""(?sx)
     """)
 PARAMETER = re.compile(r"""(?sx)
     \s*<parameter=([^<>]+)>\n?(.*?)\n?</parameter>  # "<parameter=city>Oslo</parameter>"
-    (?=\s*</?[pf])                                  # "<parameter=" or "</function>" follows
+    (?=\s*(?:<parameter=|</function>))              # where the next tag follows
     """)
 CALL_END = re.compile(r"\s*(</function>\s*)?</tool_call>")
-
-
-def unique(pairs: list[tuple]) -> dict:
-    """A dict of pairs (name, value). Raises ValueError if a name comes twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a parameter is given twice")
-    return dict(pairs)
 
 
 def read_call(text: str, start: re.Match) -> tuple[str, dict, int]:
@@ -571,7 +581,8 @@ def tool_names(calls: Counter) -> list[str]:
 class ToolMind(Task):
 
     def rewards(self, example: Example, completions: list) -> list[float]:
-        """1 for the exact calls, 0.3 for the right tools, 0.1 for readable calls: shaped by us."""
+        """1 for the exact calls, 0.3 for calls of the right tools, 0.1 for readable ones. The paper
+        shapes it by unknown values."""
         rewards = []
         for c in completions:
             if c.score or not c.answer:
@@ -584,8 +595,9 @@ class ToolMind(Task):
 
 def toolmind_rows(path: str, split: str) -> Iterator[dict]:
     """The rows of a split of the hub's file, whose 2.3 GB are hashed, but parsed only as far as the
-    rows are used: conversations whose first user message hashes into 1 % are held out, and the rows
-    of a split come in the order of their lines' hashes."""
+    rows are used: conversations whose first user message hashes into 3 % are held out, and the rows
+    of a split come in the order of their lines' hashes. The file has 163,180 rows (arXiv
+    2511.15718): in 3 % there are 2,000 usable ones, if two in five can be used."""
     places, position = [], 0
     for line in read_lines(path):
         text = line.decode("utf-8-sig", "replace").strip()
@@ -603,7 +615,7 @@ def toolmind_rows(path: str, split: str) -> Iterator[dict]:
 
 def is_held_out(line: str) -> bool:
     try:
-        return key_hash(first_user_message(first_turns(line))) < 0.01
+        return key_hash(first_user_message(first_turns(line))) < 0.03
     except Exception:                                   # it is no example: either split may have it
         return False
 
@@ -848,7 +860,7 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
     """A vLLM engine for one image a prompt; vLLM's `options` override ours. Raises InputError."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")               # GiB
-    # In this process the engine ends with it, whatever ends it.
+    # The engine runs inside this process, so that it never outlives it.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     print("starting vLLM: it loads the model and sets memory aside; on a GPU the first start "
           "compiles for minutes", file=sys.stderr)
@@ -865,7 +877,7 @@ def load_engine(model: str, max_model_len=4096, max_num_seqs=256, gpu_memory_uti
             logprobs_mode="processed_logprobs")         # these are divided by the temperature
         if current_platform.is_cpu():
             torch._dynamo.config.disable = True         # else a C++ compiler is needed
-            # Where a prompt is run in pieces, vLLM rewinds the sampler's generator on a GPU only.
+            # On a CPU vLLM draws other samples where it runs a prompt in pieces.
             ours.update(enforce_eager=True, enable_prefix_caching=False,
                         enable_chunked_prefill=False,
                         max_num_batched_tokens=max(4096, max_model_len))
@@ -1009,8 +1021,9 @@ def openai_request(example: Example, picture: Image.Image | None) -> dict:
 # Scores -------------------------------------------------------------------------------------------
 
 
-def judge(task: Task, examples: list[Example], replies: list[tuple]) -> list[dict]:
-    """What is kept of each reply. A question that failed has no text, and counts as wrong."""
+def judged_results(task: Task, examples: list[Example], replies: list[tuple]) -> list[dict]:
+    """What is kept of each reply: its text, tokens and scores. A question that failed has no text,
+    and counts as wrong."""
     results = []
     judged = task.judge(examples, [text or "" for text, _, _ in replies])
     for example, (text, tokens, truncated), (answer, score) in zip(examples, replies, judged):
@@ -1023,10 +1036,10 @@ def judge(task: Task, examples: list[Example], replies: list[tuple]) -> list[dic
 
 
 def evaluate(llm, processor, task: Task, examples, picture, max_new_tokens=512) -> list[dict]:
-    """For art.py's validation: greedy completions after a PIL picture, scored by `judge`."""
+    """For art.py's validation: the results of greedy completions after a PIL picture."""
     requests = arm_requests(processor, examples, picture)
     replies = ask_engine(llm, processor, requests, {**GREEDY, "max_tokens": max_new_tokens})
-    return judge(task, examples, replies)
+    return judged_results(task, examples, replies)
 
 
 def interval(scores: np.ndarray, keys: list[str]) -> tuple[float, float, float]:
@@ -1040,7 +1053,8 @@ def interval(scores: np.ndarray, keys: list[str]) -> tuple[float, float, float]:
 
 
 def table(records: dict[str, dict]) -> pandas.DataFrame:
-    """A row for each arm, {name: {"bytes", "results": by `judge`}}, compared with the first one."""
+    """A row for each arm of {name: {"bytes": its size as PNG, "results": by `judged_results`}}. The
+    differences are to the first one."""
     rows, first = {}, next(iter(records))
     base = pandas.DataFrame(records[first]["results"])
     for name, record in records.items():
@@ -1048,9 +1062,11 @@ def table(records: dict[str, dict]) -> pandas.DataFrame:
         cells = ["{:.2f}  [{:6.2f}, {:6.2f}]".format(*interval(scores, base["key"]))
                  for scores in (results["score"], results["score"] - base["score"])]
         rows[name] = {"accuracy %  [95 % interval]": cells[0], f"less {first}": cells[1]}
-        for column in ("paper_score", "readable", "truncated", "failed"):
-            if column in results:
-                rows[name][f"{column} %"] = f"{100 * results[column].mean():.1f}"
+        if "paper_score" in results:
+            found = interval(results["paper_score"], base["key"])
+            rows[name]["paper_score %  [95 %]"] = "{:.2f}  [{:6.2f}, {:6.2f}]".format(*found)
+        for column in ("readable", "truncated", "failed"):
+            rows[name][f"{column} %"] = f"{100 * results[column].mean():.1f}"
         rows[name].update(tokens=f"{results['tokens'].mean():.1f}", bytes=record["bytes"])
     return pandas.DataFrame(rows).T
 
@@ -1067,13 +1083,13 @@ def parse_args(argv: list[str] | None = None):
     add("--model", help="hub name or folder of the model (the server's, or Qwen/Qwen3.5-0.8B)")
     add("--data", help="a local .jsonl, .csv or .parquet file in the benchmark's own schema")
     add("--server", metavar="URL", help="ask http://HOST:8000/v1, with the key OPENAI_API_KEY")
-    add("--served-model-name", help="the model's name there, if it is not --model")
+    add("--served-model-name", help="the model's name on the server, if it is not --model")
     add("--out", help="a file to which each arm adds its completions, as one line of JSON")
     add("--limit", type=int, help="ask only the first so many questions (all)")
     add("--temperature", type=float, default=0.0, help="the sampling temperature; 0 is greedy (0)")
     add("--presence-penalty", type=float, default=1.0, help="vLLM's; 1 as in the paper (1)")
     add("--size", type=int, default=256, help="the side of the `random` pictures in pixels (256)")
-    add("--random-seed", type=int, default=0, help="seeds what `random` and `string` draw (0)")
+    add("--random-seed", type=int, default=0, help="seeds `random`, `string` and the engine (0)")
     add("--max-new-tokens", type=int, default=512, help="most tokens of a completion (512)")
     add("--max-model-len", type=int, default=4096, help="most tokens with the prompt (4096)")
     add("--max-num-seqs", type=int, default=256, help="sequences that vLLM runs at once (256)")
@@ -1104,11 +1120,11 @@ def score_arms(args, llm=None):
     with open(os.devnull if args.out is None else args.out, "a") as out:
         if not llm and not server:
             llm = load_engine(args.model, args.max_model_len, args.max_num_seqs,
-                              args.gpu_memory_utilization)
+                              args.gpu_memory_utilization, args.random_seed)
         ask = server.ask if server else partial(ask_engine, llm)
         for name, arm in arms.items():
             replies = ask(processor, requests(examples, arm), sampling)
-            results = judge(task, examples, replies)
+            results = judged_results(task, examples, replies)
             size = 0 if isinstance(arm, str) else len(png_bytes(arm))
             records[name] = dict(arm=name, bytes=size, settings=vars(args), results=results)
             print(json.dumps(records[name]), file=out, flush=True)

@@ -70,8 +70,8 @@ class Programs(tasks.Task):
 tasks.TASKS["programs"] = Programs(tasks.gsm8k_example, tasks.gsm8k_answer)
 
 
-# An objective takes what dapo_loss takes. Here GSPO's: one ratio for a whole sequence. Micro-batches
-# add up, so it divides by the number of completions in a whole step: 4 prompts with 8 on one rank.
+# An objective takes what dapo_loss takes. Here GSPO's: one ratio for a whole sequence. Losses of
+# micro-batches add up, so it divides by the completions of a step: 4 prompts with 8 on one rank.
 
 
 def gspo_loss(logp, old_logp, advantages, mask, **others):

@@ -40,7 +40,7 @@ def test_arms_answer_the_same_questions_in_one_table(task, tmp_path, llm, capsys
     table = tasks.table(records)
     assert f"{task}, n = {LIMIT}, " in printed and printed.endswith(table.to_string() + "\n")
     assert list(records) == list(table.index) == ARMS
-    assert ("paper_score %" in table) == (task == "gsm8k")
+    assert any("paper_score" in name for name in table) == (task == "gsm8k")
     results = {arm: pandas.DataFrame(record["results"]) for arm, record in records.items()}
     for arm, found in results.items():
         row = table.loc[arm]

@@ -37,6 +37,7 @@ BEHIND_ANSWER = {
         "18 kg of CO2", "18\\text{ cm}^2", "\\frac{36.0}{2}", "\\boxed{\\frac{36}{2}}",
         "18\n2 eggs are left over", "18\n\nIs this answer reasonable? Yes: 9 * 2",
         # two answers: the last; and what is thought aloud, or called wrong, is no answer
+        "about 18", "5\nWait.\nAnswer: about 18",
         "3\nNo. Answer: 18", "18\nAnswer: <number>", "18\n</think>", "18\n<think>Wait. Answer: 3",
         "18\nA common wrong answer is 20", "18\nThe answer cannot be 20.",
         "18\nWrong answer: 20",
@@ -82,7 +83,8 @@ GSM8K = {
         "First express the answer as a percentage: 20 of 100\n#### 18",
         "<think>Answer: 3</think>Answer: 18"],
     -7: ["#### \u22127", "\\boxed{-7}", "It is -\\boxed{7}.", "$-\\boxed{7}$"],
-    None: ["", "18", "Answer:", "<think>Answer: 18", "The answer isn't 18", "The answer is not 18"],
+    None: ["", "18", "Answer: \u221ax", "\\boxed{\u221a(a^2+b^2)}",
+           "Answer:", "<think>Answer: 18", "The answer isn't 18", "The answer is not 18"],
 }
 
 
@@ -119,7 +121,7 @@ GSM8K_OTHERWISE = {
     ("Answer: 18 + 2", 18, None), ("<think>Answer: 18", 18, None), ("Answer: ,", None, None)])
 def test_gsm8k_by_the_papers_rule_and_by_ours(text, read, value):
     assert tasks.gsm8k_paper_answer(text) == read and tasks.gsm8k_answer(None, text) == value
-    result, = tasks.judge(TASKS["gsm8k"], [question(Fraction(18))], [(text, 1, False)])
+    result, = tasks.judged_results(TASKS["gsm8k"], [question(Fraction(18))], [(text, 1, False)])
     assert result["paper_score"] == (read == 18) and result["score"] == (value == 18)
 
 
@@ -472,7 +474,7 @@ def test_every_completion_has_a_score(name, text):
         value, answer = reward(name, example, text), TASKS[name].answer(example, text)
         assert found in (0.0, 1.0) and 0 <= value <= 1 and (found == 1) == (value == 1)
         assert found == 0 or answer is not None
-        tasks.judge(TASKS[name], [example], [(text, 1, False)])
+        tasks.judged_results(TASKS[name], [example], [(text, 1, False)])
 
 
 @pytest.mark.parametrize("pattern", PIECES)

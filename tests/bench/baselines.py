@@ -181,7 +181,7 @@ def score(name: str, llm, examples, arm, config: art.Config) -> dict:
     replies = tasks.ask_engine(llm, processor, requests,
                                {**tasks.GREEDY, "max_tokens": config.max_new_tokens})
     seconds, results = time.time() - start, []
-    for example, result in zip(examples, tasks.judge(task, examples, replies)):
+    for example, result in zip(examples, tasks.judged_results(task, examples, replies)):
         results.append({**result, "holds": holds(example, result["text"])})
     accuracy = np.mean([result["score"] for result in results])
     print(f"{name}: {100 * accuracy:.2f} % of {len(results)}, {seconds:.0f} s", flush=True)
