@@ -696,6 +696,8 @@ def load_state(config: Config, training: list[Example], validation: list[Example
                          "a run.")
     if others:
         raise InputError(f"--resume: {folder} was run with other {', '.join(others)}: give those.")
+    if config.resume and not held and RANK == 0:
+        print(f"{folder}: holds no run to go on with, so a new one begins")
     if state["history"]:
         pixels.load_state_dict(state["pixels"])
         optimizer.load_state_dict(state["optimizer"])

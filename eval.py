@@ -233,7 +233,9 @@ VERB = r"""
     (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,25}?          # "answer to the question is"
     \b(?:is|be)\b (?!\W*(?:not|neither)\b)          # but "answer is not" is no mark
     """
-CORRECT = re.compile(r"(?ix) \b correct\s(?:answer|option|choice)\b" + VERB)
+CORRECT = re.compile(r"""(?ix)
+    (?<!what\sthe\s)(?<!which\s)                   # but "see what the correct answer is" is no mark
+    \b correct\s(?:answer|option|choice)\b""" + VERB)
 COLON = re.compile(r"""(?mx)
     (?<![A-Za-z])(?:Answer|ANSWER)(?:\s\([^()\n]*\))?           # "Answer (in dollars): 18"
     [*_\s]* (?:[:=]|[-\u2014][*\s])                 # "**Answer**: 18", "Answer - 18"
@@ -253,11 +255,12 @@ FRACTION = re.compile(r"""(?x)                      # "\dfrac{1}{2}", "\frac12";
 MARKUP = re.compile(r"""(?imx)
     \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
     | \\(?:[fhm]?box|boxed|left|right|q?quad|degree)\b          # "18\quad", "18\mbox{ m}"
-    | \\(?:displaystyle|underline|color|large)\b    # "\large 18"
+    | \\(?:displaystyle|underline|color|large|huge|emph|bf)\b   # "\large 18"
+    | </?(?:b|i|em|strong|span)>                    # "<b>18</b>"
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
     | \^\s*\{?\s*\\circ\b                           # "60^\circ"
     | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
-    | (?<=\n)[ \t]*(?:[-\u2022]\s|1[.)]\s(?=\w))    # "- 18" or "1. Eggs" in a list below the mark
+    | (?<=\n)[ \t]*(?:[-\u2022]\s|1[.)]\s(?=[*_]*\w))        # "- 18", "1. **Eggs**" in a list below
     """)
 INVISIBLE = re.compile(r'(?i)\\[,!;: ]|\\(?![a-z])|[{}"$\u20ac\u00a3\u00a5%_]')  # "1\,080", "50\%"
 
@@ -280,11 +283,14 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
 
 # GSM8K --------------------------------------------------------------------------------------------
 # Right of the line's last "=", up to a bracket or the sentence's end, the first run of
-# digits and signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A number that
-# stands directly after its mark counts before one that stands further on: "Answer: Janet's ducks
-# lay 16 eggs", steps, and "\boxed{18}" below give 18.
+# digits and signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A line that begins
+# with a run counts before one that does not: "Answer: She sells 16 - 7 = 9 eggs", more steps, and
+# "\boxed{18}" below give 18.
 
-REMARK = re.compile(r"^(\D*\d.*?)(?:(?<=\w)\s+\(|[.!?](?:\s|$)).*")         # "18 (= 9 * 2). So"
+REMARK = re.compile(r"""(?x) ^(\D*\d.*?)           # what stands before a remark
+    (?: (?<=\w)\s+\( | [.!?;](?:\s|$)               # "18 (= 9 * 2)", "18. So", "18; that is"
+        | \s(?:because|since)\b ) .*                # "18 because 3 + 4 = 7"
+    """)
 EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
 NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
 ROUGHLY = re.compile(r"(?i)\b(?:about|around|approximately|roughly)\s(?=\W?\d)")        # "about 18"
@@ -321,10 +327,10 @@ def to_fraction(number: str) -> Fraction:
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
     lines = [*claims(text, COLON), *claims(text, OTHER)]
-    lines = [EQUALS.split(REMARK.sub(r"\1", line))[-1] for line in lines]
-    lines = [ROUGHLY.sub("", NEGATIVE.sub("-", line)).lstrip(" :(['~+<") for line in lines]
-    for read in RUN.match, RUN.search:
-        for run in filter(None, map(read, lines)):
+    lines = [ROUGHLY.sub("", NEGATIVE.sub("-", line)).lstrip(" :=(['~+<") for line in lines]
+    direct = [line for line in lines if RUN.match(line)]
+    for line in [*direct, *lines]:
+        if run := RUN.search(EQUALS.split(REMARK.sub(r"\1", line))[-1]):
             number = NUMBER.fullmatch(run[0].strip())
             return to_fraction(number[1]) if number else None
     return None
@@ -364,8 +370,7 @@ def gpqa_example(row: dict) -> Example:
 
 
 def gpqa_answer(example: Example | None, text: str) -> str | None:
-    for mark in CORRECT, COLON, OTHER:
-        lines = [*claims(text, mark)]
+    for lines in [*claims(text, CORRECT), *claims(text, COLON)], [*claims(text, OTHER)]:
         for read in BEGINS.match, BRACKETED.search, ALONE.match:
             for letter in filter(None, map(read, lines)):
                 return letter[1].upper()
@@ -431,6 +436,8 @@ def tool_schema(tool: dict) -> dict:
 def call_of(call: dict) -> tuple[str, dict]:
     """(name, arguments) of a call in JSON. Raises an error where its arguments are no object."""
     call, arguments = call.get("function") or call, {}
+    if not isinstance(call["name"], str):
+        raise TypeError("the name of a tool is no text")
     if call.keys() != {"name"}:                         # a call may have a name and nothing else
         arguments = parsed(call["arguments" if "arguments" in call else "parameters"]) or {}
     return call["name"], {**arguments}
@@ -455,6 +462,8 @@ def toolmind_example(row: dict) -> Example:
                  for name, arguments in calls_of(turn)]
         messages.append({**message, "tool_calls": calls} if calls else message)
     tools = [tool_schema(tool) for tool in parsed(row["tools"])]
+    if not {name for name, _ in calls_of(target)} <= {t["function"]["name"] for t in tools}:
+        raise ValueError("its call is of a tool that it does not offer")
     key = first_user_message(history)
     return Example(key, messages, comparable(calls_of(target), tools), tools)
 
@@ -755,7 +764,11 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
     for name, arm in arms.items():
         (example, picture), = arm_requests(processor, examples[:1], arm, size=size)
         with explained(f"{name}: the model's processor refuses it", "give another picture"):
-            longest = max(longest, count_tokens(processor, example, picture))
+            count = count_tokens(processor, example, picture)
+        if picture is not None and count == counts[0]:
+            raise InputError("--model: its chat template does not show the image: give a model "
+                             "whose template does, or mend its chat_template.jinja.")
+        longest = max(longest, count)
         if picture is not None and is_resized(processor, *picture.size):
             print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
     # A random string may be tokenised with what follows it: two tokens are kept free for that.
@@ -837,7 +850,8 @@ def is_resized(processor, width: int, height: int) -> bool:
     update."""
     picture = random_picture(width, height)
     floats = np.array(picture, dtype=np.float32).transpose(2, 0, 1)
-    text = render(processor, Example("", [{"role": "user", "content": [IMAGE]}], None))
+    with explained("--model: its chat template refuses a picture and a word", "mend it"):
+        text = render(processor, prepend(IMAGE, Example("", user_turn("Why?"), None)))
     with suppress(ValueError, RuntimeError):            # raised where patches do not fit
         inputs = [model_inputs(processor, text, image) for image in (picture, floats)]
         return not inputs[0]["pixel_values"].equal(inputs[1]["pixel_values"])
@@ -990,12 +1004,15 @@ class Server:
             raise InputError(f"--server: its prompt has {prompt_tokens} tokens, not {expected}: "
                              "look for another model, --chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
-        # A completion that ends at once has one token and no text; more tokens have a text.
-        is_withheld = text is None or message.tool_calls or (text == "" and tokens > 1)
         thought = getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "")
-        if is_withheld or (thought and not text.strip()):
+        if text is None or message.tool_calls or (thought and not text.strip()):
             raise InputError("--server: it withholds the text of a completion: start it without "
                              "--tool-call-parser and --reasoning-parser.")
+        # A completion that ends at once has one token and no text. More tokens may be special ones,
+        # which have none, but where many replies are so, the server withholds their text.
+        if text == "" and tokens > 1:
+            return ValueError(f"a reply of {tokens} tokens has no text: --tool-call-parser or "
+                              "--reasoning-parser may withhold it")
         return text, tokens, reason == "length" or tokens >= sampling["max_tokens"]
 
 
@@ -1052,18 +1069,23 @@ def interval(scores: np.ndarray, keys: list[str]) -> tuple[float, float, float]:
     return 100 * np.mean(scores), 100 * low, 100 * high
 
 
+COLUMNS = ["score", "paper_score", "readable", "truncated", "failed", "tokens"]
+
+
 def table(records: dict[str, dict]) -> pandas.DataFrame:
     """A row for each arm of {name: {"bytes": its size as PNG, "results": by `judged_results`}}. The
     differences are to the first one."""
     rows, first = {}, next(iter(records))
-    base = pandas.DataFrame(records[first]["results"])
+    numbers = {name: pandas.DataFrame(record["results"], columns=COLUMNS).dropna(axis=1)
+               for name, record in records.items()}
+    keys = [result["key"] for result in records[first]["results"]]
     for name, record in records.items():
-        results = pandas.DataFrame(record["results"])
-        cells = ["{:.2f}  [{:6.2f}, {:6.2f}]".format(*interval(scores, base["key"]))
-                 for scores in (results["score"], results["score"] - base["score"])]
+        results = numbers[name]
+        cells = ["{:.2f}  [{:6.2f}, {:6.2f}]".format(*interval(scores, keys))
+                 for scores in (results["score"], results["score"] - numbers[first]["score"])]
         rows[name] = {"accuracy %  [95 % interval]": cells[0], f"less {first}": cells[1]}
         if "paper_score" in results:
-            found = interval(results["paper_score"], base["key"])
+            found = interval(results["paper_score"], keys)
             rows[name]["paper_score %  [95 %]"] = "{:.2f}  [{:6.2f}, {:6.2f}]".format(*found)
         for column in ("readable", "truncated", "failed"):
             rows[name][f"{column} %"] = f"{100 * results[column].mean():.1f}"

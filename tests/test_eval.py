@@ -76,6 +76,14 @@ def test_the_bootstrap_draws_rows_of_a_conversation_together():
     assert twice == pytest.approx(once) and apart[2] - apart[1] < 0.8 * (once[2] - once[1])
 
 
+def test_half_a_character_in_a_completion_or_a_key_does_not_cost_the_table():
+    examples = [tasks.Example(f"key {i} \ud800", [], tasks.Fraction(18)) for i in range(4)]
+    replies = [("Answer: 18 \ud800", 3, False)] * 4
+    results = tasks.judged_results(TASKS["gsm8k"], examples, replies)
+    table = tasks.table({"none": {"bytes": 0, "results": results}})
+    assert table.iloc[0, 0].startswith("100.00")
+
+
 def test_each_arm_is_kept_when_it_ends(tmp_path):
     """The second arm's engine fails: the first one's completions are there."""
     with pytest.raises(StopIteration):

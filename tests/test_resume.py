@@ -103,6 +103,12 @@ def test_best_png_is_the_earliest_of_the_best(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[7])["validation"] == 0.5
 
 
+def test_a_resumed_run_that_is_not_there_says_that_it_begins(tmp_path, capsys):
+    """Its name may be a slip of the hand."""
+    train(tmp_path / "slip", "--resume", steps=1)
+    assert "slip: holds no run to go on with, so a new one begins" in capsys.readouterr().out
+
+
 # What is refused ----------------------------------------------------------------------------------
 
 

@@ -37,6 +37,8 @@ BEHIND_ANSWER = {
         "18 kg of CO2", "18\\text{ cm}^2", "\\frac{36.0}{2}", "\\boxed{\\frac{36}{2}}",
         "18\n2 eggs are left over", "18\n\nIs this answer reasonable? Yes: 9 * 2",
         # two answers: the last; and what is thought aloud, or called wrong, is no answer
+        "She sells 16 - 7 = 9 eggs.\n9 * 2 = 18\n\\boxed{18}", "18; 16 - 7 = 9", "<b>18</b>",
+        "\n\n1. **Eggs:** 16\n2. **Left:** 9\n\n\\boxed{18}", "18 because 3 + 4 = 7",
         "about 18", "5\nWait.\nAnswer: about 18",
         "3\nNo. Answer: 18", "18\nAnswer: <number>", "18\n</think>", "18\n<think>Wait. Answer: 3",
         "18\nA common wrong answer is 20", "18\nThe answer cannot be 20.",
@@ -145,6 +147,24 @@ def test_gsm8ks_reference_solutions_score_one_however_they_end():
     assert len(wrong) <= 30 and right > 1250
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not at hand")
+@pytest.mark.parametrize("form, most_wrong", [
+    ("Answer: {0}\n#### {1}", 60), ("Answer:\n{0}\n\n\\boxed{{{1}}}", 60),
+    ("**Answer:**\n\n{2}\n\n\\boxed{{{1}}}", 0), ("Answer: {1} because {3}", 0),
+    ("Answer: {1}; {3}", 0)])
+def test_gsm8ks_solutions_below_the_mark_do_not_hide_the_answer(form, most_wrong):
+    """Models write the whole solution there, with the answer at its end, or explain it behind it.
+    A first line that begins with a calculation ("16 - 7 = 9 eggs") is taken for the answer."""
+    wrong = 0
+    for row in map(json.loads, open(SHARED / "gsm8k" / "test.jsonl")):
+        solution, number = re.sub(r"<<.*?>>", "", row["answer"]).split("#### ")
+        lines = solution.strip().splitlines()
+        steps = "\n".join(f"{i}. **Step {i}:** {line}" for i, line in enumerate(lines, 1))
+        text = form.format(solution.strip(), number, steps, lines[-1])
+        wrong += tasks.gsm8k_answer(None, text) != tasks.gsm8k_example(row).target
+    assert wrong <= most_wrong
+
+
 # GPQA: the letter that the prompt asks for. (B) is copper; an option's text is no answer ----------
 
 BEHIND_THE_PROMPTS_WORDS = {
@@ -171,6 +191,9 @@ GPQA = {
         "(B) is the correct answer", "From the metals: copper.\nThe correct answer is (B)", "**B**",
         "Copper it is.\n\n**(B)**", "(A) looks right, but the correct answer is (B)",
         "<think>(A)? The answer is (A).</think>The correct answer is (B)",
+        "To see which correct answer is best: (A) no, (B) yes.\n\nAnswer: (B)",
+        "The correct answer should be around 10. Option (A) 12, (B) 10.\n\n**Answer: (B)**",
+        "Let's see what the correct answer is:\n- A: no\n- B: yes\n\nAnswer: B",
         "The answer is A. No: the answer is B.",
         "The answer is (B). This answer is supported by ruling out (A).",
         "Looking at the answer choices:\n(A) iron\n(B) copper\n\n**B**",
@@ -289,6 +312,7 @@ COMPLETIONS = {
         hermes('{"city": "Oslo", "people": 2, "people": 2}'),
         hermes('"{\\"city\\": \\"Oslo\\", \\"people\\": 2, \\"people\\": 2}"'),
         hermes('{"city": "Oslo", "people": 2'), hermes("{'city': 'Oslo', 'people': 2}"),
+        '<tool_call>{"name": null, "arguments": {}}</tool_call>' + CALL,
         hermes('{"city": "Oslo", "people": 2,}'), hermes(OSLO).replace("arguments", "args"),
         hermes('[["city", "Oslo"], ["people", 2]]'),
         hermes('{"people": ' + "[" * 2000), xml({"city": "Oslo", "people": "[" * 600 + "]" * 600})],

@@ -119,9 +119,10 @@ NO_COMPLETIONS = [{"usage": None}, {"choices": []}, {"choices": None}, {"choices
     ({"change": counted(None)}, r"2 of 2 questions failed \(.*str, None tokens"),
     ({"change": {"model": "other"}}, f"asked for {TINY}, other answered: .* --served-model-name"),
     *[({"message": message}, "it withholds the text of a completion: start it without --tool-call")
-      for message in ({"content": None}, {"content": ""}, {"content": "So:", "tool_calls": [CALL]},
+      for message in ({"content": None}, {"content": "So:", "tool_calls": [CALL]},
                       {"content": "\n\n", "reasoning_content": "Answer: 1"},
                       {"content": "\n\n", "reasoning": "Answer: 1"})],
+    ({"message": {"content": ""}}, r"2 of 2 questions failed \(a reply of 3 tokens has no text"),
     *[({"max_model_len": length}, "--max-model-len: the server's is 1024; give that")
       for length in (1024, "1024")],
     ({"max_model_len": "much"}, "it lists no model .*much"),

@@ -84,7 +84,7 @@ SCHEMA = {"type": "object", "properties": {"room": {"type": "string"}}, "require
 def test_parameters_reach_the_prompt_however_they_are_written(processor, tool, properties, wrapped):
     tool = {"name": "book", **tool}
     tool = {"type": "function", "function": tool} if wrapped else tool
-    example = tasks.toolmind_example({**toolmind_row("q"), "tools": [tool]})
+    example = tasks.toolmind_example({**toolmind_row("q"), "tools": [tool, {"name": "stop"}]})
     assert example.tools[0]["function"]["parameters"]["properties"] == properties
     assert "room" in tasks.render(processor, example) or not properties
 
@@ -172,11 +172,38 @@ def test_a_name_is_found_as_it_is_and_within_json(processor, name, printed):
 
 
 def test_a_name_that_is_no_text_leaves_its_row_out(processor):
-    rows = [toolmind_row("a"), toolmind_row("b"), toolmind_row("c", {
-        **CALL, "tool_calls": [{"name": 7, "arguments": {}}]})]
+    rows = [toolmind_row("a"), toolmind_row("b")]
     rows[0]["tools"].append({"name": 7})
     examples = [tasks.toolmind_example(row) for row in rows]
     assert keys_of(tasks.sound_prompts(processor, examples)[0]) == ["b"]
+    with pytest.raises(TypeError, match="the name of a tool is no text"):
+        tasks.toolmind_example(toolmind_row("c", {
+            **CALL, "tool_calls": [{"name": 7, "arguments": {}}]}))
+
+
+def test_a_row_whose_call_is_of_a_tool_that_it_does_not_offer_is_no_example():
+    """No completion could be right."""
+    row = toolmind_row("q")
+    row["tools"] = [{"name": "other"}]
+    with pytest.raises(ValueError, match="of a tool that it does not offer"):
+        tasks.toolmind_example(row)
+
+
+def test_a_template_that_shows_no_image_is_refused(processor, questions, capsys):
+    """Before an engine fails at it."""
+    blind = with_template(processor, lambda text: text.replace(
+        "<|vision_start|><|image_pad|><|vision_end|>", ""))
+    picture = tasks.random_picture(256, 256)
+    with pytest.raises(InputError, match="--model: its chat template does not show the image"):
+        tasks.drop_long(blind, questions[:3], 400, {"none": None, "seed.png": picture})
+
+
+def test_a_size_is_tried_with_a_word_beside_the_picture(processor):
+    """Some templates refuse a turn without any text."""
+    strict = with_template(processor, lambda text: (
+        "{%- for m in messages if m.content is not string and not (m.content | selectattr('text', "
+        "'defined') | list) %}{{- raise_exception('no text') }}{%- endfor %}" + text))
+    assert not tasks.is_resized(strict, 256, 256)
 
 
 def test_a_tool_whose_name_is_a_number_is_found(processor):
@@ -193,7 +220,7 @@ def test_a_single_row_of_which_something_is_hidden_is_left_out(processor, capsys
     odd = with_template(processor, lambda text: text.replace("f.name", "f.name.replace('&', '+')"))
     examples = [tasks.toolmind_example(toolmind_row(f"q {i}")) for i in range(20)]
     row = toolmind_row("odd")
-    row["tools"] = [{"name": "a&b"}]
+    row["tools"].append({"name": "a&b"})
     assert tasks.sound_prompts(odd, [tasks.toolmind_example(row), *examples])[0] == examples
     said = "1 of 21 rows left out, of the first one: the model's chat template does not show its to"
     assert said in capsys.readouterr().err
