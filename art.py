@@ -79,7 +79,7 @@ class Config:
     max_new_tokens: int = flag(512, "a completion is cut off after so many tokens")
     max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
     max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
-    tokens_per_microbatch: int = flag(12288, "most tokens of a micro-batch, which sets the memory")
+    tokens_per_microbatch: int = flag(12288, "most tokens of a micro-batch; memory grows with it")
     gpu_memory_utilization: float = flag(0.4, "vLLM's share of the GPU; the trainer takes the rest")
     validation: int = flag(128, "training examples that are set aside to choose best.png")
     validate_every: int = flag(10, "steps from one validation to the next")
@@ -194,6 +194,7 @@ def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int,
     sampling = [SamplingParams(n=group_size, temperature=temperature, top_p=1.0, top_k=0,
                                max_tokens=max_new_tokens, logprobs=0, seed=random_seed)
                 for random_seed in random_seeds or [None] * len(prompts)]
+    # TEMPLATED: the template has written the special tokens, so none is added (no second <bos>).
     outputs = llm.generate(requests, sampling, use_tqdm=False, tokenization_kwargs=TEMPLATED)
     groups = []
     for prompt, output in zip(prompts, outputs):
@@ -211,8 +212,8 @@ def rollout(llm, prompts: list[str], image: Image.Image | None, group_size: int,
 def given_completions(processor, prompts: list[str], texts: list[str],
                       image: Image.Image | None) -> list[Completion]:
     """Completions of given `texts`, one for each prompt, with the tokenizer's end token: for
-    supervised training, or to ask how likely a text is. The prompts are those of `render`, with the
-    image's placeholder by `prepend(IMAGE, example)`. Of the image only the size matters here."""
+    supervised training, or to ask how likely a text is. A prompt is `render(processor,
+    prepend(IMAGE, example))`, with the image's placeholder. Of the image only the size matters."""
     completions = []
     for prompt, text in zip(prompts, texts, strict=True):
         prompt_ids = model_inputs(processor, prompt, image)["input_ids"][0].tolist()
@@ -276,6 +277,7 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
              weight_cap=2.0, tokens_per_microbatch=12288, total_tokens=None) -> Counter:
     """Add the gradient of the loss over P groups of G Completions to that of the pixels.
 
+    model: frozen, as `load_model` sets it up
     advantages: (P, G), or a list of P rows. Raises ValueError unless each completion has one.
     loss_function: called as loss_function(logp, old_logp, advantages, mask, total_tokens=...,
         weight=..., completions=...) with the tensors of a micro-batch, shaped as in dapo_loss. It
@@ -337,8 +339,8 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
     """Logprobs of N Completions of at most T tokens, each after the image and its prompt, with the
     graph to the pixels. Returns them as (N, T), and the mask (N, T) that is true on the
     completions' tokens; elsewhere the logprobs are 0. The completions may follow any prompts; each
-    distinct prompt runs once. T is the longest completion's length, or 2. Raises RuntimeError if
-    their `prompt_ids` are not the processor's."""
+    distinct prompt runs once. T is the longest completion's length, at least 2 (see `pad`).
+    Raises RuntimeError if their `prompt_ids` are not the processor's."""
     device, image = model.device, pixels.to_image()
     prompts = {c.prompt: c.prompt_ids for c in completions}                             # K prompts
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
@@ -352,10 +354,10 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
     # Dimension 0 of each tensor counts images or their tokens. Each prompt has the same image.
     features = tree_map_only(Tensor, lambda x: x.repeat(len(prompts), *[1] * (x.dim() - 1)),
                              features)
-    # A token's position is the number of tokens before it, without the padding. Not so with MRoPE,
-    # where an image of h x w tokens counts as max(h, w) positions. Such a model computes the
-    # positions of prompts with an image itself. It leaves in `rope_deltas` (K, 1) what has to be
-    # added to the number of a prompt's tokens to get `start` (K, 1), the position after it.
+    # `start` (K, 1) is the position of a completion's first token: the number of its prompt's
+    # tokens, without the padding. With MRoPE an image of h x w tokens counts as max(h, w). Such a
+    # model computes the positions of prompts with an image itself, and leaves the correction of
+    # `start` in `rope_deltas` (K, 1).
     seen = inputs["attention_mask"]                                 # (K, L), 0 on the padding
     cache = graph_cache(model)
     has_mrope = image is not None and hasattr(model.base_model, "rope_deltas")
@@ -372,7 +374,7 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
     suffix = model.base_model(
         input_ids=ids, past_key_values=cache, use_cache=True,
         attention_mask=torch.cat([seen[rows], torch.ones_like(ids)], 1),
-        position_ids=start[rows] + torch.arange(ids.shape[1], device=device).expand(ids.shape))
+        position_ids=start[rows] + torch.arange(ids.shape[1], device=device))
 
     # The state at token t - 1 predicts token t; the prompt's last one predicts the first.
     states = torch.cat([prefix.last_hidden_state[rows, -1:], suffix.last_hidden_state[:, :-1]], 1)
@@ -381,8 +383,9 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
 
 
 def prompt_inputs(processor, prompts: dict[str, list[int]], image: Image.Image | None):
-    """The processor's tensors of K prompts after the image, padded on the left, without the pixels.
-    Raises RuntimeError if the token ids are not those that `prompts` gives."""
+    """The processor's tensors of K prompts after the image, padded on the left, without its pixels:
+    the model takes the image's features from `mm_encoder_outputs`. Raises RuntimeError if the token
+    ids are not those that `prompts` gives."""
     if processor.tokenizer.pad_token is None:           # any token will do: it is masked
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     images = [[image]] * len(prompts) if image else None
@@ -418,8 +421,8 @@ def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=
 
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
-    """transformers overwrites the recurrent state in place, which backward still needs. This layer
-    assigns the new state instead."""
+    """transformers overwrites the recurrent state in place, which backward still needs: here the
+    new state is assigned. (The convolution's state was copied before it is overwritten.)"""
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
@@ -448,7 +451,7 @@ def pad(rows: list[list], fill, device) -> Tensor:
 # 7. The loop --------------------------------------------------------------------------------------
 #
 # Each step appends a line to metrics.jsonl:
-#   step                    0 is the seed, of which only the validation is known
+#   step                    0 is the seed, of which there is only the validation
 #   reward, score           mean training reward, and mean score as eval.py reports it, of all
 #                           completions that were sampled
 #   length, truncated       mean tokens of all these; the share that the token limit cut off
@@ -461,7 +464,7 @@ def pad(rows: list[list], fill, device) -> Tensor:
 #   mismatch                mean absolute difference of a token's logprob between trainer and vLLM,
 #                           in nat; it and entropy are measured before the first update
 #   grad_norm, lr           norm of the logits' gradient; learning rate
-#   skipped                 1 if a loss or gradient was not finite, so that an update was left out
+#   skipped                 1 if a loss, gradient or metric was not finite: no update was made then
 #   moved                   mean absolute difference of image and seed, in 8-bit levels
 #   rollout_s, trainer_s    seconds for sampling and scoring, and for the updates
 #   validation              accuracy on the validation slice, scored as in eval.py; best.png's is
@@ -493,6 +496,8 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
     `on_step(metrics, groups)` is called with the step's metrics, also those of a loss function of
     your own, and the groups that this rank trained on. The run ends here if it returns True.
     """
+    if WORLD_SIZE > 1 and not distributed.is_initialized():
+        distributed.init_process_group("gloo")
     device = f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(config.random_seed)
     task, processor = TASKS[config.task], load_processor(config.model)
@@ -536,12 +541,12 @@ def train(config: Config, pixels: nn.Module | None = None, loss_function: Callab
 
 def sample_groups(llm, processor, task: Task, examples: list[Example], image: Image.Image | None,
                   step: int, config: Config) -> tuple[list[list[Completion]], dict]:
-    """Dynamic sampling, as in DAPO: groups whose answers are all right or all wrong have no
-    gradient, so more prompts are sampled until `config.prompts` groups hold both, at most
-    `config.rounds` times. Each round draws its prompts from all training examples: there are no
-    epochs. Of the groups that hold both, the first in the order of drawing are kept, not the
-    shortest or the best. Returns them, and metrics over all that was sampled on all ranks. The
-    generator depends on random seed, rank and step alone, so a resumed run draws the same."""
+    """Dynamic sampling, as in DAPO: groups whose answers are all right or all wrong are dropped,
+    and more prompts are sampled until `config.prompts` groups hold both, at most `config.rounds`
+    times. Each round draws its prompts from all training examples: there are no epochs. Of the
+    groups that hold both, the first in the order of drawing are kept, not the shortest or the best.
+    Returns them, and metrics over all that was sampled on all ranks. The generator depends on
+    random seed, rank and step alone, so a resumed run draws the same."""
     generator = random.Random(f"{config.random_seed} {RANK} {step}")
     kept, samples, rounds = [], [], 0
     while len(kept) < config.prompts and rounds < config.rounds:
@@ -582,7 +587,7 @@ def judge_groups(task: Task, examples: list[Example], groups: list[list[Completi
 def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[list[Completion]],
                   loss_function: Callable, config: Config) -> dict:
     """`config.updates` steps of AdamW on one batch of groups. Returns the metrics of the last one,
-    or "skipped": 1 alone if a loss or gradient was not finite, so that this one was left out."""
+    or "skipped": 1 alone if something in it was not finite, so that it was left out."""
     total_tokens = sum(gather(sum(len(c.ids) for group in groups for c in group)))
     rewards = torch.tensor([[c.reward for c in group] for group in groups])         # (P, G)
     metrics = Counter()
@@ -650,8 +655,8 @@ def check_model(model, device: str):
 
 
 def load_examples(config: Config, task: Task, processor, image) -> tuple[list, list]:
-    """(training, validation) Examples. No key is in both: where the end of the validation slice
-    cuts a conversation, the rest of it is in neither."""
+    """(training, validation) Examples. Those of one conversation share a key, and no key is in
+    both: the rest of a conversation that the slice cuts is in neither."""
     examples = task.load("train", config.data)
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
                          {"--seed": image})
@@ -779,8 +784,6 @@ def main(argv: list[str] | None = None):
     """The command line, of `argv` or of the process."""
     parser = HfArgumentParser(Config, prog="art.py", usage="art.py --task TASK [flags]")
     args = parser.parse_args(argv)
-    if WORLD_SIZE > 1:
-        distributed.init_process_group("gloo")
     try:
         train(Config(**vars(args)))
     except (InputError, OSError) as error:
