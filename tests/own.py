@@ -41,9 +41,6 @@ class Short(tasks.Task):
         return [c.score - punishment for c, punishment in zip(completions, punishments)]
 
 
-tasks.TASKS["short"] = Short(tasks.gsm8k_example, tasks.gsm8k_answer)
-
-
 # A costly judge, here a program for each completion: all of a sampling round are judged at once, by
 # threads. Its scores are graded: 1 for the right number, 0.5 for one that is at most 5 away. A
 # group of completions is trained on if its scores differ, so this one also learns from groups
@@ -62,12 +59,10 @@ class Programs(tasks.Task):
         if answer is None:
             return None, 0.0
         program = "import sys; print(abs(float(sys.argv[1]) - float(sys.argv[2])))"
-        command = [sys.executable, "-S", "-c", program, str(float(answer)), str(example.target)]
+        numbers = [str(float(number)) for number in (answer, example.target)]
+        command = [sys.executable, "-S", "-c", program, *numbers]
         distance = float(subprocess.run(command, capture_output=True, check=True).stdout)
         return answer, 1.0 if distance == 0 else 0.5 if distance <= 5 else 0.0
-
-
-tasks.TASKS["programs"] = Programs(tasks.gsm8k_example, tasks.gsm8k_answer)
 
 
 # An objective takes what dapo_loss takes. Here GSPO's: one ratio for a whole sequence. Losses of
@@ -188,6 +183,8 @@ def train_until(accuracy, config, llm, model):
 
 def main(out):
     out, seed = Path(out), art.load_seed(SEED, 256)
+    tasks.TASKS["short"] = Short(tasks.gsm8k_example, tasks.gsm8k_answer)
+    tasks.TASKS["programs"] = Programs(tasks.gsm8k_example, tasks.gsm8k_answer)
     llm = tasks.load_engine(TINY, 512, 64, gpu_memory_utilization=0.4)
     model, processor = art.load_model(TINY, "cpu"), tasks.load_processor(TINY)
     parameters = {"near": Near(seed), "frame": Frame(seed), "coarse": coarse_pixels(seed)}

@@ -26,7 +26,8 @@ def runs(tmp_path_factory, llm, model):
     out, printed = tmp_path_factory.mktemp("own"), []
     with (mock.patch.object(tasks, "load_engine", lambda *args, **options: llm),
           mock.patch.object(art, "load_model", lambda *args: model),
-          mock.patch("builtins.print", lambda *words, **options: printed.append(words))):
+          mock.patch("builtins.print", lambda *words, **options: printed.append(words)),
+          mock.patch.dict(tasks.TASKS)):
         own.main(out)
     return out, printed
 
@@ -86,11 +87,11 @@ def test_a_hook_is_given_the_groups_of_each_step(tmp_path, llm, model):
 
 def test_a_punishment_falls_with_the_length():
     group = [art.Completion("", [], [0] * length, [], "", score=1.0) for length in (8, 40, 48)]
-    assert tasks.TASKS["short"].rewards(None, group) == [1, 0.5, 0]
+    assert own.Short(None, None).rewards(None, group) == [1, 0.5, 0]
 
 
 def test_graded_scores_keep_groups_without_a_right_answer():
-    example, task = tasks.Example("", [], tasks.Fraction(18)), tasks.TASKS["programs"]
+    example, task = tasks.Example("", [], tasks.Fraction(18)), own.Programs(None, None)
     judged = task.judge([example] * 4, ["Answer: 18", "Answer: 20", "Answer: 99", "none"])
     assert [score for _, score in judged] == [1.0, 0.5, 0.0, 0.0]
     assert [answer for answer, _ in judged] == [18, 20, 99, None]
@@ -199,8 +200,9 @@ def test_a_sequence_objective_is_the_same_in_micro_batches(llm, model, processor
 TAKEN = {
     "load_seed": ["eval.open_picture", "eval.explained", "eval.InputError", "eval.one_line"],
     "PixelLogits": ["eval.check_size", "eval.is_resized", "eval.random_picture",
-                    "eval.model_inputs", "eval.render", "eval.Example", "eval.IMAGE",
-                    "eval.TEMPLATED", "eval.InputError"],
+                    "eval.model_inputs", "eval.render", "eval.prepend", "eval.user_turn",
+                    "eval.Example", "eval.IMAGE", "eval.TEMPLATED", "eval.explained",
+                    "eval.one_line", "eval.InputError"],
     "rollout": ["Completion", "eval.TEMPLATED"],
     "group_advantages": [],
     "dapo_loss": ["Completion"],
