@@ -47,7 +47,7 @@ class Size:
     budgets: list | None                # bytes for each way of `speed`; None: by what ours takes
 
 
-GPU = Size("cuda", WHOLE, SHAPES, 4, 8, 3, (164, 100, 4), 15, [5e9, 10e9, 20e9, 40e9])
+GPU = Size("cuda", WHOLE, SHAPES, 4, 8, 2, (164, 100, 4), 15, [6e9, 12e9, 24e9])
 CPU = Size("cpu", TWELFTH, {"small": (100, 12)}, 1, 2, 1, (90, 12, 2), 2, None)
 
 
