@@ -256,7 +256,7 @@ MARKUP = re.compile(r"""(?imx)
     \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
     | \\(?:[fhm]?box|boxed|left|right|q?quad|degree)\b          # "18\quad", "18\mbox{ m}"
     | \\(?:displaystyle|underline|color|large|huge|emph|bf)\b   # "\large 18"
-    | </?(?:b|i|em|strong|span)>                    # "<b>18</b>"
+    | </?(?-i:b|i|em|strong|span)>                  # "<b>18</b>", but not "<B>"
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
     | \^\s*\{?\s*\\circ\b                           # "60^\circ"
     | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
@@ -284,8 +284,8 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
 # GSM8K --------------------------------------------------------------------------------------------
 # Right of the line's last "=", up to a bracket or the sentence's end, the first run of
 # digits and signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A line that begins
-# with a run counts before one that does not: "Answer: She sells 16 - 7 = 9 eggs", more steps, and
-# "\boxed{18}" below give 18.
+# with one number counts before the others: "Answer: She sells 16 - 7 = 9 eggs", more steps, and
+# "\boxed{18}" below give 18. So does the last line, if it concludes: "Therefore she makes 18."
 
 REMARK = re.compile(r"""(?x) ^(\D*\d.*?)           # what stands before a remark
     (?: (?<=\w)\s+\( | [.!?;](?:\s|$)               # "18 (= 9 * 2)", "18. So", "18; that is"
@@ -294,6 +294,9 @@ REMARK = re.compile(r"""(?x) ^(\D*\d.*?)           # what stands before a remark
 EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
 NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
 ROUGHLY = re.compile(r"(?i)\b(?:about|around|approximately|roughly)\s(?=\W?\d)")        # "about 18"
+CONCLUSION = re.compile(r"""(?imx) ^[^\w\n]*            # "**Therefore**, she makes 18."
+    (?:so|thus|hence|therefore|finally|in\ total)\b (?=[^\n]*\d[^\n]*\Z)
+    """)
 RUN = re.compile(r"""(?ix)
     (?: (?:^\s*-\s* | (?<![\w)])-) (?=\.?\d)        # "- 7", "a loss of -7", but not "5-7"
         | \d | (?<!\w)\.\d | [\^\u221a] | \\[a-z]+ | sqrt )                 # "18", "\sqrt{324}"
@@ -326,14 +329,23 @@ def to_fraction(number: str) -> Fraction:
 
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
-    lines = [*claims(text, COLON), *claims(text, OTHER)]
-    lines = [ROUGHLY.sub("", NEGATIVE.sub("-", line)).lstrip(" :=(['~+<") for line in lines]
-    direct = [line for line in lines if RUN.match(line)]
-    for line in [*direct, *lines]:
-        if run := RUN.search(EQUALS.split(REMARK.sub(r"\1", line))[-1]):
+    marked = [*claims(text, COLON), *claims(text, OTHER)]
+    lines = [*marked, *claims(text, CONCLUSION)] if marked else []
+    lines = [REMARK.sub(r"\1", ROUGHLY.sub("", NEGATIVE.sub("-", line))) for line in lines]
+    lines = [line.lstrip(" :=(['~+<") for line in lines]
+    direct = [line for line in lines[:len(marked)] if starts_with_number(line)]
+    for line in [*direct, *lines[len(marked):], *lines]:
+        if run := RUN.search(EQUALS.split(line)[-1]):
             number = NUMBER.fullmatch(run[0].strip())
             return to_fraction(number[1]) if number else None
     return None
+
+
+def starts_with_number(line: str) -> bool:
+    """Whether a line begins with one number, or is nothing but a calculation: "9 * 2 = 18"."""
+    run = RUN.match(line)
+    value = EQUALS.split(line)[-1] if run and run[0] == line else run and run[0]
+    return bool(value and NUMBER.fullmatch(value.strip()))
 
 
 def gsm8k_paper_answer(text: str) -> Fraction | None:
@@ -348,11 +360,17 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
 # The letter that the line begins with, or else the first one in brackets.
 
 BEGINS = re.compile(r"""(?x)
-    \W* (?:(?i:option|choice|letter)\W+)?           # "**B**", "option (B)"
+    \W* (?:(?i:clearly|indeed|therefore|thus|definitely|probably|(?:most\ )?likely)\W+)?
+    (?:(?i:(?:answer\ )?(?:option|choice)|letter|statement)\W+)?            # "**B**", "option (B)"
     ([A-D])\b (?![-+=^']\w)                         # "B. copper", but not "D-glucose"
     """)
-BRACKETED = re.compile(r"[(\[]\s?([A-Da-d])\s?[)\]]")                       # "copper (B)"
+BRACKETED = re.compile(r"""(?x)
+    (?: [(\[]\s?(?=[A-Da-d]\s?[)\]])                 # "copper (B)"
+        | \b(?:[Oo]ption|[Cc]hoice)\s+(?=[A-D]\b) )  # "copper, which is option B"
+    ([A-Da-d])
+    """)
 ALONE = re.compile(r"""(?ix)
+    (?:\W*(?:therefore|thus|hence|so)\b)?          # "Therefore, (B) is correct."
     \W* (?:option\W+)? ([A-D]) \W*                  # "b", "Option B"
     (?:is\ (?:the\ )?(?:correct|right|best).*)?$    # "B is the best choice."
     """)
@@ -449,7 +467,7 @@ def calls_of(turn: dict) -> list[tuple[str, dict]]:
 
 
 def toolmind_example(row: dict) -> Example:
-    *history, target = parsed(row["conversations"])
+    *history, target = map(parsed, parsed(row["conversations"]))
     roles, messages = [turn["role"] for turn in history], []
     is_chat = {*roles} <= {"system", "user", "assistant", "tool"} and "user" in roles
     if not is_chat or "system" in roles[1:] or not calls_of(target):
@@ -461,7 +479,11 @@ def toolmind_example(row: dict) -> Example:
         calls = [{"type": "function", "function": {"name": name, "arguments": arguments}}
                  for name, arguments in calls_of(turn)]
         messages.append({**message, "tool_calls": calls} if calls else message)
-    tools = [tool_schema(tool) for tool in parsed(row["tools"])]
+    tools = [tool_schema(tool) for tool in map(parsed, parsed(row["tools"]))]
+    if any(None in (tool["function"]["parameters"].get("properties") or {}).values()
+           for tool in tools):
+        # The file was exported from Parquet, where a struct has the keys of all others, too.
+        return toolmind_example(json.loads(json.dumps(row), object_hook=without_none))
     if not {name for name, _ in calls_of(target)} <= {t["function"]["name"] for t in tools}:
         raise ValueError("its call is of a tool that it does not offer")
     key = first_user_message(history)
@@ -794,6 +816,7 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
         try:
             prompt = render(processor, example)
             prompt.encode()                             # raises for lone surrogates
+            render(processor, prepend(IMAGE, example))  # may be refused beside a system message
         except Exception as error:                      # a template may raise any error
             faults.append(f"the model's chat template refuses it ({one_line(error)})")
             continue

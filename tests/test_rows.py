@@ -269,6 +269,22 @@ def test_the_rows_that_are_used_depend_on_no_order(tmp_path, monkeypatch, split,
         assert TASKS["toolmind"].load(split, path, limit) == chosen[:limit]
 
 
+def test_rows_whose_structs_were_filled_with_null_are_the_same_examples():
+    """As Parquet's are once they are exported as JSON: each struct has the keys of all others."""
+    row = toolmind_row("q", tool_calls=[{"name": "go", "arguments": {"to": "Oslo"}}])
+    row["tools"] = [{"name": "go", "parameters": {"properties": {"to": {"type": "string"}}}}]
+    filled = json.loads(json.dumps(row))
+    filled["tools"][0]["parameters"]["properties"]["room"] = None
+    filled["conversations"][-1]["tool_calls"][0]["arguments"]["room"] = None
+    assert tasks.toolmind_example(filled) == tasks.toolmind_example(row)
+
+
+def test_turns_and_tools_may_be_texts_of_json():
+    row = toolmind_row("q")
+    texts = {name: [json.dumps(item) for item in row[name]] for name in ("conversations", "tools")}
+    assert tasks.toolmind_example(texts) == tasks.toolmind_example(row)
+
+
 def test_the_last_line_is_chosen_like_any_other(tmp_path):
     lines = [json.dumps(toolmind_row("q", {"role": "tool", "content": i})) for i in range(20)]
     found = [TASKS["toolmind"].load("train", graphsyn(tmp_path, order))

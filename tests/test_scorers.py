@@ -37,6 +37,7 @@ BEHIND_ANSWER = {
         "18 kg of CO2", "18\\text{ cm}^2", "\\frac{36.0}{2}", "\\boxed{\\frac{36}{2}}",
         "18\n2 eggs are left over", "18\n\nIs this answer reasonable? Yes: 9 * 2",
         # two answers: the last; and what is thought aloud, or called wrong, is no answer
+        "16 - 7 = 9 eggs.\n9 * 2 = 18 dollars.\n\nTherefore, she makes 18.",
         "She sells 16 - 7 = 9 eggs.\n9 * 2 = 18\n\\boxed{18}", "18; 16 - 7 = 9", "<b>18</b>",
         "\n\n1. **Eggs:** 16\n2. **Left:** 9\n\n\\boxed{18}", "18 because 3 + 4 = 7",
         "about 18", "5\nWait.\nAnswer: about 18",
@@ -149,12 +150,14 @@ def test_gsm8ks_reference_solutions_score_one_however_they_end():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows are not at hand")
 @pytest.mark.parametrize("form, most_wrong", [
-    ("Answer: {0}\n#### {1}", 60), ("Answer:\n{0}\n\n\\boxed{{{1}}}", 60),
+    ("Answer: {0}\n#### {1}", 40), ("Answer:\n{0}\n\n\\boxed{{{1}}}", 40),
+    ("Answer:\n{0}\n\nTherefore, the total is {1}.", 40),
+    ("**Answer:**\n\n{2}\n\nSo the total is {1}.", 0),
     ("**Answer:**\n\n{2}\n\n\\boxed{{{1}}}", 0), ("Answer: {1} because {3}", 0),
     ("Answer: {1}; {3}", 0)])
 def test_gsm8ks_solutions_below_the_mark_do_not_hide_the_answer(form, most_wrong):
     """Models write the whole solution there, with the answer at its end, or explain it behind it.
-    A first line that begins with a calculation ("16 - 7 = 9 eggs") is taken for the answer."""
+    A first line that begins with one number ("16 eggs are laid") is taken for the answer."""
     wrong = 0
     for row in map(json.loads, open(SHARED / "gsm8k" / "test.jsonl")):
         solution, number = re.sub(r"<<.*?>>", "", row["answer"]).split("#### ")
@@ -215,6 +218,8 @@ def test_gpqa_reads_the_letter_a_person_would(text, letter):
 
 
 @pytest.mark.parametrize("text", [
+    "The correct answer is <{}>", "Therefore, ({}) is the correct answer.",
+    "The correct answer is copper, which is option {}.", "The correct answer is clearly **{}**",
     "{} is correct", "{} is the best choice.", "Option {} is the best choice", "Option {}", "{}",
     "Answer: {}", "Answer: {} with high confidence", "Answer: {} is correct", "\\boxed{{{}}}",
     "**{}** is right", "The answer is {} because copper melts", "The answer is {}. Copper"])

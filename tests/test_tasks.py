@@ -198,6 +198,17 @@ def test_a_template_that_shows_no_image_is_refused(processor, questions, capsys)
         tasks.drop_long(blind, questions[:3], 400, {"none": None, "seed.png": picture})
 
 
+def test_a_row_beside_which_the_template_refuses_an_image_is_left_out(processor):
+    """In all arms, before an engine is started."""
+    row = toolmind_row("a")
+    row["conversations"].insert(0, {"role": "system", "content": "Be brief."})
+    examples = [tasks.toolmind_example(row), tasks.toolmind_example(toolmind_row("b"))]
+    strict = with_template(processor, lambda text: (
+        "{%- if messages[0].role == 'system' and messages[1].content is not string and "
+        "messages[1].content[0].type == 'image' %}{{- raise_exception('no') }}{%- endif %}" + text))
+    assert keys_of(tasks.sound_prompts(strict, examples)[0]) == ["b"]
+
+
 def test_a_size_is_tried_with_a_word_beside_the_picture(processor):
     """Some templates refuse a turn without any text."""
     strict = with_template(processor, lambda text: (
