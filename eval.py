@@ -282,10 +282,10 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
 
 
 # GSM8K --------------------------------------------------------------------------------------------
-# Right of the line's last "=", up to a bracket or the sentence's end, the first run of
-# digits and signs. It must be one number: "18 + 2", "18-20" and "18^2" are none. A line that begins
-# with one number counts before the others: "Answer: She sells 16 - 7 = 9 eggs", more steps, and
-# "\boxed{18}" below give 18. So does the last line, if it concludes: "Therefore she makes 18."
+# What counts is the first run of digits and signs, right of the line's last "=" and up to a bracket
+# or the sentence's end. It must be one number: "18 + 2", "18-20" and "18^2" are none. A line that
+# begins with one number counts before the others: "Answer: She sells 16 - 7 = 9 eggs", more steps,
+# and "\boxed{18}" below give 18. So does the last line if it concludes: "Therefore she makes 18."
 
 REMARK = re.compile(r"""(?x) ^(\D*\d.*?)           # what stands before a remark
     (?: (?<=\w)\s+\( | [.!?;](?:\s|$)               # "18 (= 9 * 2)", "18. So", "18; that is"
@@ -312,6 +312,7 @@ NUMBER = re.compile(r"""(?x)
 
 
 def gsm8k_example(row: dict) -> Example:
+    """A row {"question", "answer": "... #### 18"}."""
     question, answer = field_text(row["question"]), field_text(row["answer"])
     number = answer.rpartition("####")[2].strip()       # of "He pays 2 * 540.\n#### 1,080"
     if "," in number and not re.fullmatch(r"-?[1-9]\d{0,2}(,\d{3})+(\.\d+)?", number):
@@ -329,6 +330,7 @@ def to_fraction(number: str) -> Fraction:
 
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
+    """The number that a completion gives as its answer, or None."""
     marked = [*claims(text, COLON), *claims(text, OTHER)]
     lines = [*marked, *claims(text, CONCLUSION)] if marked else []
     lines = [REMARK.sub(r"\1", ROUGHLY.sub("", NEGATIVE.sub("-", line))) for line in lines]
@@ -357,7 +359,7 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
 
 
 # GPQA ---------------------------------------------------------------------------------------------
-# The letter that the line begins with, or else the first one in brackets.
+# What counts is the letter that the line begins with, or else the first one in brackets.
 
 BEGINS = re.compile(r"""(?x)
     \W* (?:(?i:clearly|indeed|therefore|thus|definitely|probably|(?:most\ )?likely)\W+)?
@@ -378,6 +380,7 @@ GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {
 
 
 def gpqa_example(row: dict) -> Example:
+    """A row with GPQA_FIELDS. The order of its choices depends on its id alone."""
     key, question, *texts = values = [field_text(row[name]).strip() for name in GPQA_FIELDS]
     if "" in values or texts[0] in texts[1:]:
         raise ValueError("it lacks its Record ID, question or a choice, or has the right one twice")
@@ -388,6 +391,7 @@ def gpqa_example(row: dict) -> Example:
 
 
 def gpqa_answer(example: Example | None, text: str) -> str | None:
+    """The letter that a completion gives as its answer, or None."""
     for lines in [*claims(text, CORRECT), *claims(text, COLON)], [*claims(text, OTHER)]:
         for read in BEGINS.match, BRACKETED.search, ALONE.match:
             for letter in filter(None, map(read, lines)):
@@ -467,6 +471,7 @@ def calls_of(turn: dict) -> list[tuple[str, dict]]:
 
 
 def toolmind_example(row: dict) -> Example:
+    """A row {"conversations": turns, of which the last one makes calls, "tools": [...]}."""
     *history, target = map(parsed, parsed(row["conversations"]))
     roles, messages = [turn["role"] for turn in history], []
     is_chat = {*roles} <= {"system", "user", "assistant", "tool"} and "user" in roles
@@ -600,6 +605,7 @@ def read_calls(text: str) -> list[tuple[str, dict]]:
 
 
 def toolmind_answer(example: Example, text: str) -> Counter | None:
+    """The calls that a completion makes, comparable with the target, or None."""
     with suppress(Exception):                           # of an unreadable call or schema
         return comparable(read_calls(text), example.tools) or None
     return None
