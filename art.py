@@ -134,7 +134,8 @@ class PixelLogits(nn.Module):
 
     def to_image(self) -> Image.Image | None:
         """The 8-bit PIL image that vLLM sees and that is deployed. A parameter that is no image,
-        such as LoRA's weights, gives None: prompts then hold no image."""
+        such as LoRA's weights, gives None: then prompts hold no image, and the `llm` that is passed
+        to `train` must hold the weights."""
         levels = self().detach().round().to("cpu", torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
@@ -281,14 +282,14 @@ def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]]
     advantages: (P, G), or a list of P rows. Raises ValueError unless each completion has one.
     loss_function: called as loss_function(logp, old_logp, advantages, mask, total_tokens=...,
         weight=..., completions=...) with the tensors of a micro-batch, shaped as in dapo_loss. It
-        returns a scalar and a dict of metrics, both divided by `total_tokens` or by another number
-        of the whole step, for they are added up over micro-batches and ranks. Supervised training:
+        returns a scalar and a dict of metrics, both divided by a count over the whole step, such as
+        `total_tokens`, for they are added up over micro-batches and ranks. Supervised training:
             return -logp.sum() / total_tokens, {}       # logp is 0 where the mask is false
     total_tokens: the completion tokens of the whole step, if these groups are only a part of it
 
     Returns the loss function's metrics as floats, with `entropy` and `mismatch`. The first call
     stores the trainer's logprobs in each Completion as its `old_logps`, and later calls use these
-    again. So these two always describe the policy that was sampled, not one trained since.
+    again. So both metrics always describe the policy that was sampled, not one trained since.
     """
     rows, sizes = [len(row) for row in advantages], [len(group) for group in groups]
     if rows != sizes:
@@ -415,14 +416,15 @@ def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=
             logp = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
             slopes += torch.autograd.grad(logp.sum(), states)   # row i depends on state i alone
         logps.append(logp.detach())
-    # The gradient of `linear` is `slopes`. Less its own value it is 0: it adds the gradient alone.
+    # `linear - linear.detach()` is 0 and has the gradient `slopes`: it adds the gradient alone.
     linear = (hidden.float() * torch.cat(slopes)).sum(-1)
     return torch.cat(logps) + (linear - linear.detach())
 
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
     """transformers overwrites the recurrent state in place, which backward still needs: here the
-    new state is assigned. (The convolution's state was copied before it is overwritten.)"""
+    new state is assigned. (It overwrites the convolution's state, too, but backward does not need
+    that one: the layer works on a copy that torch.cat makes.)"""
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
@@ -464,7 +466,7 @@ def pad(rows: list[list], fill, device) -> Tensor:
 #   mismatch                mean absolute difference of a token's logprob between trainer and vLLM,
 #                           in nat; it and entropy are measured before the first update
 #   grad_norm, lr           norm of the logits' gradient; learning rate
-#   skipped                 1 if a loss, gradient or metric was not finite: no update was made then
+#   skipped                 1 if a loss, gradient or metric was not finite: updating stopped there
 #   moved                   mean absolute difference of image and seed, in 8-bit levels
 #   rollout_s, trainer_s    seconds for sampling and scoring, and for the updates
 #   validation              accuracy on the validation slice, scored as in eval.py; best.png's is
