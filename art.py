@@ -90,9 +90,9 @@ class Config:
         least_and_most = {"group_size": (2, 10**9), "temperature": (0.01, 100), "size": (1, 4096),
                           "random_seed": (0, 10**9), "gpu_memory_utilization": (0.01, 1)}
         for item in fields(self):
-            usual = (1, 10**9) if item.type is int else (0, 10**9)
-            check_range(item.name, getattr(self, item.name),
-                        *least_and_most.get(item.name, usual))
+            if item.type in (int, float):
+                bounds = least_and_most.get(item.name, (1 if item.type is int else 0, 10**9))
+                check_range(item.name, getattr(self, item.name), *bounds)
 
 
 # 1. Seed ------------------------------------------------------------------------------------------
@@ -134,8 +134,8 @@ class PixelLogits(nn.Module):
 
     def to_image(self) -> Image.Image | None:
         """The 8-bit PIL image that vLLM sees and that is deployed. A parameter that is no image,
-        such as LoRA's weights, gives None: then prompts hold no image, and the `llm` that is passed
-        to `train` must hold the weights."""
+        such as LoRA's weights, gives None: then prompts hold no image, and your `llm` must sample
+        with the parameter's current weights."""
         levels = self().detach().round().to("cpu", torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).numpy())
 
@@ -166,9 +166,9 @@ class Completion:
         importance weight is 1
     text: the text of `ids`
     truncated: whether the token limit ended it
-    answer: what `Task.answer` reads in it, or None
-    score: 1.0 for a right answer, else 0.0; a group is kept if its scores differ
-    reward: what the advantages are made of
+    answer: what `Task.judge` reads in it, or None
+    score: by `Task.judge`, 1.0 for a right answer, else 0.0; a group is kept if its scores differ
+    reward: by `Task.rewards`, the score or a shaped one; the advantages are made of it
     old_logps: the trainer's logprob of each of `ids` before the first update
     """
     prompt: str
@@ -269,8 +269,8 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
 # A step has P groups of G completions. A micro-batch of it has N completions of at most T tokens,
 # which follow K distinct prompts of at most L tokens, the image's included. The prompts run once,
 # in one batch that is padded on the left. Their cache (keys and values, or the states of linear
-# attention) is copied for each completion, and the completions run on it. Two passes of
-# K * L + N * T tokens take the place of one of N * (L + T).
+# attention) is copied for each completion, and the completions run on it. Passes of K * L and
+# N * T tokens take the place of one of N * (L + T).
 
 
 def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]],
@@ -424,7 +424,7 @@ def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=
 class GraphLinearAttentionLayer(LinearAttentionLayer):
     """transformers overwrites the recurrent state in place, which backward still needs: here the
     new state is assigned. (It overwrites the convolution's state, too, but backward does not need
-    that one: the layer works on a copy that torch.cat makes.)"""
+    that: the model convolves a copy made by torch.cat.)"""
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
@@ -469,8 +469,8 @@ def pad(rows: list[list], fill, device) -> Tensor:
 #   skipped                 1 if a loss, gradient or metric was not finite: updating stopped there
 #   moved                   mean absolute difference of image and seed, in 8-bit levels
 #   rollout_s, trainer_s    seconds for sampling and scoring, and for the updates
-#   validation              accuracy on the validation slice, scored as in eval.py; best.png's is
-#                           the largest of several looks, and no test result
+#   validation              accuracy on the validation slice, scored as in eval.py; that of best.png
+#                           is a maximum over steps, so it is no test result
 #
 # Under torchrun each rank has an engine, a frozen model and prompts of its own. Only the gradient
 # and the metrics cross: the gradient is that of the loss over the tokens of all ranks.
@@ -657,11 +657,11 @@ def check_model(model, device: str):
 
 
 def load_examples(config: Config, task: Task, processor, image) -> tuple[list, list]:
-    """(training, validation) Examples. Those of one conversation share a key, and no key is in
-    both: the rest of a conversation that the slice cuts is in neither."""
+    """(training, validation) Examples. Those of one conversation share a key. If the validation
+    ends amid a conversation, its rest is left out, so no key is in both."""
     examples = task.load("train", config.data)
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
-                         {"--seed": image})
+                         {"--seed": image})             # an error names this flag
     examples.sort(key=lambda example: key_hash(example.key))
     validation = examples[:config.validation]
     held_out = {example.key for example in validation}
