@@ -257,6 +257,7 @@ MARKUP = re.compile(r"""(?imx)
     | \\(?:[fhm]?box|boxed|left|right|q?quad|degree)\b          # "18\quad", "18\mbox{ m}"
     | \\(?:displaystyle|underline|color|large|huge|emph|bf)\b   # "\large 18"
     | </?(?-i:b|i|em|strong|span)>                  # "<b>18</b>", but not "<B>"
+    | <\|(?:begin|end)_of_box\|>                    # "<|begin_of_box|>18<|end_of_box|>", as GLM's
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
     | \^\s*\{?\s*\\circ\b                           # "60^\circ"
     | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"

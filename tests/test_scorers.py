@@ -218,6 +218,7 @@ def test_gpqa_reads_the_letter_a_person_would(text, letter):
 
 
 @pytest.mark.parametrize("text", [
+    "The correct answer is <|begin_of_box|>{}<|end_of_box|>",
     "The correct answer is <{}>", "Therefore, ({}) is the correct answer.",
     "The correct answer is copper, which is option {}.", "The correct answer is clearly **{}**",
     "{} is correct", "{} is the best choice.", "Option {} is the best choice", "Option {}", "{}",
