@@ -718,6 +718,8 @@ def load_state(config: Config, training: list[Example], validation: list[Example
 
 def add_pictures(state: dict, image: Image.Image | None, seed_image: Image.Image | None):
     """Put the pictures of the last step into the state's files, and `moved` into its metrics."""
+    if image is None:
+        return
     *earlier, metrics = state["history"]
     files = state["files"]
     notes = {"step": metrics["step"]}                   # what each PNG says about its making
@@ -725,8 +727,6 @@ def add_pictures(state: dict, image: Image.Image | None, seed_image: Image.Image
         if value is not None:
             is_path = os.path.exists(str(value))        # of a local path only the last part is told
             notes[name] = Path(str(value)).name if is_path else value
-    if image is None:
-        return
     metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
     files["last.png"] = png_bytes(image, notes)
     if "validation" in metrics:

@@ -781,6 +781,10 @@ def count_tokens(processor, example: Example, image=None) -> int:
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 
+NOT_SHOWN = ("--model: its chat template does not show {}: give a model whose template does, or "
+             "mend its chat_template.jinja.")
+
+
 def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) -> list[Example]:
     """The examples whose prompts the model takes, of at most `max_tokens` tokens with what the
     longest of `arms` adds, {name: arm as in arm_requests}. Raises InputError if none is left."""
@@ -795,8 +799,7 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
         with explained(f"{name}: the model's processor refuses it", "give another picture"):
             count = count_tokens(processor, example, picture)
         if picture is not None and count == counts[0]:
-            raise InputError("--model: its chat template does not show the image: give a model "
-                             "whose template does, or mend its chat_template.jinja.")
+            raise InputError(NOT_SHOWN.format("the image"))
         longest = max(longest, count)
         if picture is not None and is_resized(processor, *picture.size):
             print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
@@ -840,8 +843,7 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
     often = [f"the {part} of {count} out of {held[part]} rows"
              for part, count in hidden.items() if count > held[part] / 10]
     if often:
-        raise InputError(f"--model: its chat template does not show {', '.join(often)}: give a "
-                         "model whose template does, or mend its chat_template.jinja.")
+        raise InputError(NOT_SHOWN.format(", ".join(often)))
     said = f"{len(faults)} of {len(examples)} rows left out, of the first one: {[*faults, ''][0]}"
     if not kept:
         raise InputError(f"--model: {said}: give another model, or other --data.")
@@ -1111,12 +1113,12 @@ def table(records: dict[str, dict]) -> pandas.DataFrame:
     keys = [result["key"] for result in records[first]["results"]]
     for name, record in records.items():
         results = numbers[name]
-        cells = ["{:.2f}  [{:6.2f}, {:6.2f}]".format(*interval(scores, keys))
-                 for scores in (results["score"], results["score"] - numbers[first]["score"])]
-        rows[name] = {"accuracy %  [95 % interval]": cells[0], f"less {first}": cells[1]}
+        scores = {"accuracy %  [95 % interval]": results["score"],
+                  f"less {first}": results["score"] - numbers[first]["score"]}
         if "paper_score" in results:
-            found = interval(results["paper_score"], keys)
-            rows[name]["paper_score %  [95 %]"] = "{:.2f}  [{:6.2f}, {:6.2f}]".format(*found)
+            scores["paper_score %  [95 %]"] = results["paper_score"]
+        rows[name] = {column: "{:.2f}  [{:6.2f}, {:6.2f}]".format(*interval(values, keys))
+                      for column, values in scores.items()}
         for column in ("readable", "truncated", "failed"):
             rows[name][f"{column} %"] = f"{100 * results[column].mean():.1f}"
         rows[name].update(tokens=f"{results['tokens'].mean():.1f}", bytes=record["bytes"])

@@ -223,9 +223,12 @@ def test_a_bad_second_update_keeps_the_first(tmp_path):
     assert whole(tmp_path / "two")["metrics"][1]["skipped"] == 1
 
 
+def equal(llm, prompts, image, group_size, *args):
+    """Groups of one completion, again and again."""
+    return [[art.Completion(p, [1], [1], [-1.0], "")] * group_size for p in prompts]
+
+
 def test_groups_that_are_all_equal_teach_nothing_and_break_nothing(tmp_path):
-    def equal(llm, prompts, image, group_size, *args):
-        return [[art.Completion(p, [1], [1], [-1.0], "")] * group_size for p in prompts]
     train(tmp_path, rollout=equal, steps=12)
     for line in whole(tmp_path)["metrics"][1:]:
         assert line["groups"] == line["moved"] == line["reward"] == line["skipped"] == 0
@@ -234,8 +237,6 @@ def test_groups_that_are_all_equal_teach_nothing_and_break_nothing(tmp_path):
 
 def test_steps_that_train_on_nothing_say_what_keeps_a_group(tmp_path, capsys):
     """Once, after three of them."""
-    def equal(llm, prompts, image, group_size, *args):
-        return [[art.Completion(p, [1], [1], [-1.0], "")] * group_size for p in prompts]
     train(tmp_path / "equal", rollout=equal, steps=9)
     said = capsys.readouterr().out
     assert said.count("a group of completions is kept if their scores differ") == 1
