@@ -66,8 +66,6 @@ def check_range(name: str, value, low: float, high: float):
 HUB = "connect to the Hugging Face hub or, if it is gated, ask for access there and set HF_TOKEN"
 # So many rows of a divided file are used at most. The paper tests ToolMind on 2,000.
 MOST = {"train": 8192, "test": 2000}
-# Without it json.loads makes numbers of NaN and Infinity, which JSON does not have.
-NAN_IS_NULL = {"parse_constant": lambda name: None}
 
 
 @dataclass(frozen=True)
@@ -144,14 +142,24 @@ class Task:
         return [completion.score for completion in completions]
 
 
+def without_none(struct: dict) -> dict:
+    """Without the fields that are None. Parquet gives all structs of a column the same fields, and
+    so has JSON that was exported from it: those that a row lacks are null."""
+    return {name: value for name, value in struct.items() if value is not None}
+
+
+def read_json(text: str):
+    """A row of JSON. NaN and Infinity, which JSON does not have, are null, and null is no field."""
+    return json.loads(text, object_hook=without_none, parse_constant=lambda name: None)
+
+
 def read_rows(path: str) -> Iterator[dict]:
     """The rows of a .jsonl, .csv or .parquet file. Raises an error that names the broken line."""
     if str(path).lower().endswith(".csv"):
         yield from read_csv(path)
     elif str(path).lower().endswith(".parquet"):
         for batch in pyarrow.parquet.read_table(path).to_batches():
-            rows = json.dumps(batch.to_pylist(), default=json_value)
-            yield from json.loads(rows, object_hook=without_none, **NAN_IS_NULL)
+            yield from read_json(json.dumps(batch.to_pylist(), default=json_value))
     else:
         yield from read_jsonl(path)
 
@@ -160,7 +168,7 @@ def read_jsonl(path: str) -> Iterator[dict]:
     for number, line in enumerate(read_lines(path), 1):
         try:
             text = line.decode("utf-8-sig").strip()
-            rows = [json.loads(text, **NAN_IS_NULL)] if text else []
+            rows = [read_json(text)] if text else []
         except json.JSONDecodeError as error:           # its own line number is always 1
             raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from error
         except (ValueError, RecursionError) as error:
@@ -196,11 +204,6 @@ def json_value(value) -> str | None:
     """What Parquet has and JSON has not: bytes of UTF-8 are text; dates and decimals become it."""
     with suppress(UnicodeDecodeError):
         return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def without_none(struct: dict) -> dict:
-    """Parquet gives all structs of a column the same keys: those that a row lacks are None."""
-    return {name: value for name, value in struct.items() if value is not None}
 
 
 def field_text(value) -> str:
@@ -245,6 +248,7 @@ COLON = re.compile(r"""(?mx)
 OTHER = re.compile(r"(?imx) (?<![a-z])(?:answer|correct\s(?:option|choice))\b (?:" + VERB + r"""
         | (?:\s(?:in|to)\s[\w ]{1,30})? [*_\s]* : ) # "the answer: 18", "answer in dollars: 18"
     | (?<!-)(?=-?\\boxed\b)                         # "\boxed{18}", "-\boxed{18}"
+    | <\|begin_of_box\|>                            # "<|begin_of_box|>18<|end_of_box|>", as GLM's
     | ^\#{4}(?=[^\w\n]*\d)                          # "#### 18", as GSM8K's own solutions end
     """)
 
@@ -257,7 +261,7 @@ MARKUP = re.compile(r"""(?imx)
     | \\(?:[fhm]?box|boxed|left|right|q?quad|degree)\b          # "18\quad", "18\mbox{ m}"
     | \\(?:displaystyle|underline|color|large|huge|emph|bf)\b   # "\large 18"
     | </?(?-i:b|i|em|strong|span)>                  # "<b>18</b>", but not "<B>"
-    | <\|(?:begin|end)_of_box\|>                    # "<|begin_of_box|>18<|end_of_box|>", as GLM's
+    | <\|(?:begin|end)_of_box\|>                    # the same box after "Answer:"
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
     | \^\s*\{?\s*\\circ\b                           # "60^\circ"
     | ```\w*$ | [*`]                                # "```text", and 18 below it; "**18**"
@@ -290,7 +294,8 @@ def claims(text: str, mark: re.Pattern) -> Iterator[str]:
 
 REMARK = re.compile(r"""(?x) ^(\D*\d.*?)           # what stands before a remark
     (?: (?<=\w)\s+\( | [.!?;](?:\s|$)               # "18 (= 9 * 2)", "18. So", "18; that is"
-        | \s(?:because|since)\b ) .*                # "18 because 3 + 4 = 7"
+        | \s(?:because|since)\b                     # "18 because 3 + 4 = 7"
+        | \s-\s(?=[A-Za-z]{3}) ) .*                 # "18 - She has 3 + 4 = 7"
     """)
 EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarrow)\b|\bequals?\b")
 NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
@@ -418,8 +423,9 @@ def gpqa_half(path: str, split: str) -> Iterator[dict]:
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
 # A completion is right if it makes exactly the reference's calls, in any order, in either dialect:
-# Hermes JSON or Qwen3.5's XML. The tool's schema tells whether "5" is a text or the number. XML is
-# read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
+# Hermes JSON or Qwen3.5's XML. The tool's schema tells whether "5" is a text or the number. An
+# argument that is null is one that is not given, as in a "strict" schema of the OpenAI protocol. XML
+# is read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
 
 # How a schema combines others.
 COMBINED = ("allOf", "anyOf", "oneOf")
@@ -428,10 +434,10 @@ PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 def unique(pairs: list[tuple]) -> dict:
-    """A dict of pairs (name, value). Raises ValueError if a name comes twice."""
+    """A dict of pairs (name, value), without null. Raises ValueError if a name comes twice."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a parameter is given twice")
-    return dict(pairs)
+    return without_none(dict(pairs))
 
 
 def parsed(value):
@@ -486,10 +492,6 @@ def toolmind_example(row: dict) -> Example:
                  for name, arguments in calls_of(turn)]
         messages.append({**message, "tool_calls": calls} if calls else message)
     tools = [tool_schema(tool) for tool in map(parsed, parsed(row["tools"]))]
-    if any(None in (tool["function"]["parameters"].get("properties") or {}).values()
-           for tool in tools):
-        # The file was exported from Parquet, where a struct has the keys of all others, too.
-        return toolmind_example(json.loads(json.dumps(row), object_hook=without_none))
     if not {name for name, _ in calls_of(target)} <= {t["function"]["name"] for t in tools}:
         raise ValueError("its call is of a tool that it does not offer")
     key = first_user_message(history)
@@ -542,7 +544,7 @@ def canonical(value, schema, root: dict):
         for name, item in inner.items():
             own = [schema[name] for schema in properties if name in schema]
             found[name] = canonical(item, {"anyOf": own or other}, root)
-        return found
+        return without_none(found)
     if isinstance(inner, list):
         items = {"anyOf": [schema.get("items") for schema in schemas]}
         return [canonical(item, items, root) for item in inner]
@@ -647,7 +649,7 @@ def toolmind_rows(path: str, split: str) -> Iterator[dict]:
             file.seek(position)
             row = {}                                    # what a broken line leaves is no example
             with suppress(ValueError, RecursionError):
-                row = json.loads(file.readline().decode("utf-8-sig"), **NAN_IS_NULL)
+                row = read_json(file.readline().decode("utf-8-sig"))
             yield row
 
 
@@ -800,6 +802,8 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
             count = count_tokens(processor, example, picture)
         if picture is not None and count == counts[0]:
             raise InputError(NOT_SHOWN.format("the image"))
+        if not all(parts_shown(example, render(processor, example)).values()):
+            raise InputError(NOT_SHOWN.format(f"the question beside {name}"))
         longest = max(longest, count)
         if picture is not None and is_resized(processor, *picture.size):
             print(f"{name}: the processor resizes it: other pixels are scored", file=sys.stderr)
@@ -826,11 +830,13 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
         try:
             prompt = render(processor, example)
             prompt.encode()                             # raises for lone surrogates
-            render(processor, prepend(IMAGE, example))  # may be refused beside a system message
+            # A template may refuse an image beside a system message, or show no text beside it.
+            beside = parts_shown(example, render(processor, prepend(IMAGE, example)))
         except Exception as error:                      # a template may raise any error
             faults.append(f"the model's chat template refuses it ({one_line(error)})")
             continue
         shown = parts_shown(example, prompt)
+        shown.update({f"{part} beside an image": beside[part] for part in shown if shown[part]})
         lost = [part for part in shown if not shown[part]]
         held.update(shown.keys())
         hidden.update(lost)

@@ -15,9 +15,9 @@ from unittest import mock
 import pytest
 
 import eval as tasks
-from conftest import ENV, ROOT, TINY, data
+from conftest import ENV, ROOT, TINY, data, score
 from eval import TASKS, InputError
-from rows import STOP, gpqa_row, gsm8k_row, keys_of, load, toolmind_row, write
+from rows import STOP, gpqa_row, gsm8k_row, hermes, keys_of, load, toolmind_row, write
 
 # Kinds of files -----------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ def test_a_question_of_other_parts_is_left_out(tmp_path, content):
 @pytest.mark.parametrize("content, text", [
     ({"city": "Z\u00fcrich"}, '{"city": "Z\u00fcrich"}'), (["a", 1], '["a", 1]'), (0, "0"),
     (False, "false"), (1.5, "1.5"), ([{"text": "a"}], '[{"text": "a"}]'), (None, None), ("", None),
-    ([], None), ({"a": float("nan")}, '{"a": null}'), (float("inf"), None)])
+    ([], None), ({"a": float("nan"), "b": [None]}, '{"b": [null]}'), (float("inf"), None)])
 def test_a_tools_result_reaches_the_prompt_as_the_characters_it_holds(tmp_path, content, text):
     row = toolmind_row("q", {"role": "tool", "content": content})
     example, = load("toolmind", tmp_path / "a.jsonl", [row])
@@ -269,14 +269,51 @@ def test_the_rows_that_are_used_depend_on_no_order(tmp_path, monkeypatch, split,
         assert TASKS["toolmind"].load(split, path, limit) == chosen[:limit]
 
 
-def test_rows_whose_structs_were_filled_with_null_are_the_same_examples():
-    """As Parquet's are once they are exported as JSON: each struct has the keys of all others."""
-    row = toolmind_row("q", tool_calls=[{"name": "go", "arguments": {"to": "Oslo"}}])
-    row["tools"] = [{"name": "go", "parameters": {"properties": {"to": {"type": "string"}}}}]
-    filled = json.loads(json.dumps(row))
-    filled["tools"][0]["parameters"]["properties"]["room"] = None
-    filled["conversations"][-1]["tool_calls"][0]["arguments"]["room"] = None
-    assert tasks.toolmind_example(filled) == tasks.toolmind_example(row)
+def go(**filled):
+    """Two calls of a tool `go`, the first one answered, and where it is filled as Parquet's structs
+    are: `filled` comes beside each of a struct's own fields."""
+    call = {"name": "go", "arguments": {"to": "Oslo", "stop": {"at": "Bergen", **filled}, **filled}}
+    row = toolmind_row("q", {"role": "assistant", "tool_calls": [call], **filled},
+                       {"role": "tool", "content": {"code": 1, **filled}}, tool_calls=[call])
+    text = {"type": "string", **filled}
+    properties = {"to": text, "stop": {"type": "object", "properties": {"at": text, **filled}}}
+    row["tools"] = [{"name": "go", **filled, "parameters": {
+        "type": "object", "properties": {**properties, **filled}, **filled}}]
+    return row
+
+
+def parameters_as(form, row):
+    tool, = row["tools"]
+    return {**row, "tools": [{**tool, "parameters": form(tool["parameters"])}]}
+
+
+LAYOUTS = {
+    "as it is": lambda row: row,
+    "tools as a text": lambda row: {**row, "tools": json.dumps(row["tools"])},
+    "a tool as a text": lambda row: {**row, "tools": [*map(json.dumps, row["tools"])]},
+    "parameters as a text": lambda row: parameters_as(json.dumps, row),
+    "properties alone": lambda row: parameters_as(lambda schema: schema["properties"], row),
+    "all as texts": lambda row: {name: json.dumps(value) for name, value in row.items()}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_whose_structs_were_filled_with_null_are_the_same_examples(tmp_path, layout):
+    """As Parquet's are once they are exported as JSON: each struct has the keys of all others. The
+    prompts hold no null either."""
+    plain, filled = (LAYOUTS[layout](row) for row in (go(), go(room=None, id=None)))
+    first, second = load("toolmind", tmp_path / "a.jsonl", [plain, filled])
+    assert first == second and "null" not in json.dumps([second.messages, second.tools])
+    assert score("toolmind", second, hermes({"to": "Oslo", "stop": {"at": "Bergen"}}, "go")) == 1
+    assert score("toolmind", second, hermes({"to": "Oslo", "stop": {"at": "Rome"}}, "go")) == 0
+
+
+@pytest.mark.parametrize("filled", [{"arguments": None, "parameters": {"to": "Oslo"}},
+                                    {"arguments": {"to": "Oslo"}, "function": None}])
+def test_a_call_may_have_fields_that_are_null(tmp_path, filled):
+    row = {**go(), "conversations": toolmind_row("q", tool_calls=[{"name": "go", **filled}])[
+        "conversations"]}
+    example, = load("toolmind", tmp_path / "a.jsonl", [row])
+    assert score("toolmind", example, hermes({"to": "Oslo"}, "go")) == 1
 
 
 def test_turns_and_tools_may_be_texts_of_json():

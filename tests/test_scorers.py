@@ -15,6 +15,7 @@ from vllm.tool_parsers.utils import coerce_to_schema_type, extract_types_from_sc
 import eval as tasks
 from conftest import ROOT, data, reward, score
 from eval import TASKS
+from rows import hermes, xml
 
 SHARED = ROOT.parent / "shared" / "data"                    # real rows, where they are at hand
 
@@ -40,6 +41,7 @@ BEHIND_ANSWER = {
         "16 - 7 = 9 eggs.\n9 * 2 = 18 dollars.\n\nTherefore, she makes 18.",
         "She sells 16 - 7 = 9 eggs.\n9 * 2 = 18\n\\boxed{18}", "18; 16 - 7 = 9", "<b>18</b>",
         "\n\n1. **Eggs:** 16\n2. **Left:** 9\n\n\\boxed{18}", "18 because 3 + 4 = 7",
+        "18 - She has 3 + 4 = 7 left.",
         "about 18", "5\nWait.\nAnswer: about 18",
         "3\nNo. Answer: 18", "18\nAnswer: <number>", "18\n</think>", "18\n<think>Wait. Answer: 3",
         "18\nA common wrong answer is 20", "18\nThe answer cannot be 20.",
@@ -218,7 +220,7 @@ def test_gpqa_reads_the_letter_a_person_would(text, letter):
 
 
 @pytest.mark.parametrize("text", [
-    "The correct answer is <|begin_of_box|>{}<|end_of_box|>",
+    "The correct answer is <|begin_of_box|>{}<|end_of_box|>", "<|begin_of_box|>{}<|end_of_box|>",
     "The correct answer is <{}>", "Therefore, ({}) is the correct answer.",
     "The correct answer is copper, which is option {}.", "The correct answer is clearly **{}**",
     "{} is correct", "{} is the best choice.", "Option {} is the best choice", "Option {}", "{}",
@@ -270,22 +272,10 @@ TOOLS = [tasks.tool_schema({"function": function}) for function in (
     {"name": "stop", "parameters": {}})]
 
 
-def hermes(arguments, name="book"):
-    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
-    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-
-
-def xml(arguments, name="book"):
-    """As Qwen3.5's chat template writes a call."""
-    parameters = ""
-    for key, value in arguments.items():
-        value = value if isinstance(value, str) else json.dumps(value)
-        parameters += f"<parameter={key}>\n{value}\n</parameter>\n"
-    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
-
-
 def judged(reference, text, tools=TOOLS):
-    example = question(tasks.comparable(reference, tools), tools)
+    """Whether a completion makes the calls of a row's reference."""
+    calls = [(name, tasks.read_json(json.dumps(arguments))) for name, arguments in reference]
+    example = question(tasks.comparable(calls, tools), tools)
     found, value = score("toolmind", example, text), reward("toolmind", example, text)
     assert (value == 1) == (found == 1) and value in (0, 0.1, 0.3, 1)
     return found == 1
@@ -349,7 +339,7 @@ DELIMITERS = [
     ("code", "007", ["007"], ["7", 7]), ("code", "7", ["7", 7], [7.0, "7.0", "07"]),
     ("code", "1e2", ["1e2"], [100, "100"]), ("code", "true", ["true", True], ["True"]),
     ("code", "[1]", ["[1]", [1]], ["[1.0]"]), ("maybe", "5", ["5", 5], [5.0]),
-    ("null", "5", ["5", 5], [5.0, None]), ("null", None, [None], ["x", ""]),
+    ("null", "5", ["5", 5], [5.0, None]), ("any", {}, [{}, "{}"], [[], "", None]),
     ("list", ["5"], [["5"], '["5"]'], ["5", []]), ("tags", [], [[], "[]"], [None, "", {}]),
     ("people", 7, [7, 7.0, "7", "7.0"], ["07", "seven", True, [7], "8"]),
     ("price", 1.0, [1, "1", 1.0, "1e0"], [1.01, "1,0", None]),
@@ -361,7 +351,6 @@ DELIMITERS = [
     ("room", {"floor": 2, "door": "2"}, [{"door": "2", "floor": "2"}, '{"floor": 2, "door": "2"}'],
      [{"floor": 2}, {"floor": 2, "door": "2.0"}]),
     ("map", {"a": "7"}, [{"a": "7"}, {"a": 7}, '{"a": "7"}'], [{"a": "7.0"}, {"b": "7"}]),
-    ("any", None, [None, "null", "None"], ["", 0, False]), ("any", {}, [{}, "{}"], [[], "", None]),
     ("ref", "1.10", ["1.10"], ["1.1", 1.1]), ("all", "1.10", ["1.10"], ["1.1", 1.1]),
     ("enum", "1.10", ["1.10"], ["1.1", 1.1]), ("either", "1.10", ["1.10"], ["1.1"]),
     ("either", 5, [5, "5"], ["05", 6]), ("union", "1.10", ["1.10"], ["1.1"]),
@@ -382,7 +371,19 @@ def test_toolmind_arguments_are_judged_by_the_tools_schema(name, reference, righ
     for values, expected in (right, True), (wrong, False):
         for value in values:
             assert judged(call, hermes({name: value})) == expected, value
-    assert not judged(call, hermes({}))
+    assert judged(call, hermes({})) == (reference == "None")
+
+
+@pytest.mark.parametrize("null", [None, "null", "None"])
+@pytest.mark.parametrize("name", ["city", "any", "null", "room", "tags"])
+def test_toolmind_an_argument_that_is_null_is_one_that_is_not_given(name, null):
+    """At any depth, in completions and references; but other empty values are values."""
+    for reference, other in ({name: null}, {}), ({}, {name: null}):
+        for dialect in hermes, xml:
+            assert judged([("book", reference)], dialect(other))
+            assert judged([("book", {"x": [reference]})], dialect({"x": [other]}))
+    for empty in "", 0, False, [], {}:
+        assert not judged([("book", {name: null})], hermes({name: empty}))
 
 
 @pytest.mark.parametrize("schema", [
@@ -464,12 +465,13 @@ def test_toolmind_every_reference_scores_one_and_no_other(arguments, dialect, od
         assert judged(call, thought + text)
     for key in arguments:
         fewer = {name: value for name, value in arguments.items() if name != key}
-        assert not judged(call, dialect(fewer))
+        assert judged(call, dialect(fewer)) == (tasks.parsed(arguments[key]) is None)
         assert not judged(call, dialect({**fewer, key: "something else"}))
     target = {"tool_calls": [{"name": "odd", "arguments": arguments}]}
-    row = {"conversations": [{"role": "user"}, target]}
+    tools = [{"name": "odd", "parameters": odd}]
+    row = json.dumps({"conversations": [{"role": "user"}, target], "tools": tools})
     try:
-        oddly = tasks.toolmind_example({**row, "tools": [{"name": "odd", "parameters": odd}]})
+        oddly = tasks.toolmind_example(tasks.read_json(row))
     except Exception:
         return                                              # a row that is left out
     assert score("toolmind", oddly, hermes(arguments, "odd")) == 1

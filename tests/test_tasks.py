@@ -198,6 +198,29 @@ def test_a_template_that_shows_no_image_is_refused(processor, questions, capsys)
         tasks.drop_long(blind, questions[:3], 400, {"none": None, "seed.png": picture})
 
 
+FIRST, LAST = "content[:1]", "content[-1:]"
+
+
+@pytest.mark.parametrize("arm, part, hidden", [
+    ("random", FIRST, "the user messages beside an image of 3 out of 3 rows"),
+    ("random", LAST, "the image"), ("string:4", LAST, "the question beside string:4")])
+def test_a_template_that_shows_one_part_of_a_turn_is_refused(
+        processor, questions, arm, part, hidden):
+    """It hides the question, or what stands before it."""
+    partial = with_template(processor, lambda text: text.replace(
+        "for part in content", f"for part in {part}"))
+    with pytest.raises(InputError, match=f"its chat template does not show {hidden}"):
+        tasks.drop_long(partial, questions[:3], 400, {"none": None, arm: arm})
+
+
+def test_a_template_that_hides_a_system_message_beside_an_image_is_refused(processor):
+    odd = with_template(processor, lambda text: text.replace(
+        "say(messages[0].content)", "say(messages[0].content) if messages[1].content | length == 1 "
+        "else ''"))
+    with pytest.raises(InputError, match="show the system messages beside an image of 1 out of 1"):
+        tasks.sound_prompts(odd, [tooled("Where?"), tasks.toolmind_example(toolmind_row("q"))])
+
+
 def test_a_row_beside_which_the_template_refuses_an_image_is_left_out(processor):
     """In all arms, before an engine is started."""
     row = toolmind_row("a")

@@ -45,3 +45,17 @@ def toolmind_row(question, *later, **target):
     turns = [{"role": "user", "content": question}, *later,
              {"role": "assistant", "content": "", **(target or {"tool_calls": STOP})}]
     return {"conversations": turns, "tools": [{"function": {"name": "stop"}}]}
+
+
+def hermes(arguments, name="book"):
+    arguments = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+
+
+def xml(arguments, name="book"):
+    """As Qwen3.5's chat template writes a call."""
+    parameters = ""
+    for key, value in arguments.items():
+        value = value if isinstance(value, str) else json.dumps(value)
+        parameters += f"<parameter={key}>\n{value}\n</parameter>\n"
+    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
