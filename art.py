@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 4 art.py --task gsm8k --seed seed.png          # four
 
 The model stays frozen; the pixels of one image, put before every question, are trained. The result
-is a PNG that any vLLM serves. Method: arXiv 2606.11854, of which no training code was published.
+is a PNG that works with any vLLM server of the model. Method: arXiv 2606.11854, of which no
+training code was published.
 The method, in the order of this file:
   1. load_seed          the picture to start from
   2. PixelLogits        the only parameter; its sigmoid, rounded to 8 bits, is the image
@@ -74,9 +75,9 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's weight decay; any would pull the image to grey")
     updates: int = flag(1, "updates on each batch of rollouts; the clip works from the second on")
     oversampling: int = flag(3, "prompts that a sampling round takes for each one still wanted")
-    rounds: int = flag(4, "the most sampling rounds in which a step looks for its groups")
+    rounds: int = flag(4, "the most sampling rounds of a step")
     weight_cap: float = flag(2.0, "a token's weight is min(pi_old / pi_vllm, this cap); 0: it is 1")
-    max_new_tokens: int = flag(512, "a completion is cut off after so many tokens")
+    max_new_tokens: int = flag(512, "the most tokens of a completion")
     max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
     max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
     tokens_per_microbatch: int = flag(12288, "most tokens of a micro-batch; memory grows with it")
@@ -113,9 +114,9 @@ def load_seed(path: str | None, size: int) -> Tensor:
 class PixelLogits(nn.Module):
     """The trainable image: float32 logits (3, H, W), at first those of a uint8 seed (3, H, W).
 
-    A parameter of your own takes its place in `train` and `backward` if it is an nn.Module with
-    the two methods `to_image` and `features` (see there). A smaller grid, a border or a bound on
-    the change need only another `forward`.
+    A module of your own takes its place in `train` and `backward` if it has the two methods
+    `to_image` and `features`, which say what they must return. A smaller grid, a border or a bound
+    on the change need only another `forward`.
     """
 
     def __init__(self, seed: Tensor, rounding: bool = True):
@@ -142,7 +143,7 @@ class PixelLogits(nn.Module):
     def features(self, model, processor, prompt: str):
         """What the frozen vision tower makes of the image, with the graph to the logits, as
         `model.get_image_features` returns it. The model's own processor is differentiable, and
-        gives a float tensor the values that it gives the PNG. Some processors want a text beside
+        makes of a float tensor the same values as of the PNG. Some processors want a text beside
         the image, for which any prompt does. A parameter without an image returns None."""
         image = self()
         check_size(processor, image.shape[2], image.shape[1])
@@ -269,8 +270,8 @@ def dapo_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, 
 # A step has P groups of G completions. A micro-batch of it has N completions of at most T tokens,
 # which follow K distinct prompts of at most L tokens, the image's included. The prompts run once,
 # in one batch that is padded on the left. Their cache (keys and values, or the states of linear
-# attention) is copied for each completion, and the completions run on it. Passes of K * L and
-# N * T tokens take the place of one of N * (L + T).
+# attention) is copied for each completion, and the completions run on it. So two passes, of K * L
+# and of N * T tokens, replace a single pass of N * (L + T) tokens.
 
 
 def backward(model, processor, pixels: nn.Module, groups: list[list[Completion]],
@@ -355,18 +356,20 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
     # Dimension 0 of each tensor counts images or their tokens. Each prompt has the same image.
     features = tree_map_only(Tensor, lambda x: x.repeat(len(prompts), *[1] * (x.dim() - 1)),
                              features)
-    # `start` (K, 1) is the position of a completion's first token: the number of its prompt's
-    # tokens, without the padding. With MRoPE an image of h x w tokens counts as max(h, w). Such a
-    # model computes the positions of prompts with an image itself, and leaves the correction of
-    # `start` in `rope_deltas` (K, 1).
+    # Positions count the tokens of a prompt from 0, without the padding. But with MRoPE an image of
+    # h x w tokens takes only max(h, w) of them. Such a model gets no positions for prompts with an
+    # image: it computes them itself, and leaves in `rope_deltas` (K, 1) by how much the positions
+    # of each prompt are more than its tokens, a negative number.
     seen = inputs["attention_mask"]                                 # (K, L), 0 on the padding
     cache = graph_cache(model)
-    has_mrope = image is not None and hasattr(model.base_model, "rope_deltas")
-    if not has_mrope:
+    by_model = image is not None and hasattr(model.base_model, "rope_deltas")
+    if not by_model:
         inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+    # The model takes `mm_encoder_outputs` in the place of pixels that it would encode itself.
     prefix = model.base_model(**inputs, mm_encoder_outputs={"image": features},
                               past_key_values=cache, use_cache=True)
-    start = seen.sum(1, keepdim=True) + (model.base_model.rope_deltas if has_mrope else 0)
+    # The first position after each prompt, (K, 1).
+    start = seen.sum(1, keepdim=True) + (model.base_model.rope_deltas if by_model else 0)
 
     # Each completion gets a copy of its prompt's part of the cache, and goes on from there.
     cache.reorder_cache(rows)
@@ -384,9 +387,8 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
 
 
 def prompt_inputs(processor, prompts: dict[str, list[int]], image: Image.Image | None):
-    """The processor's tensors of K prompts after the image, padded on the left, without its pixels:
-    the model takes the image's features from `mm_encoder_outputs`. Raises RuntimeError if the token
-    ids are not those that `prompts` gives."""
+    """The processor's tensors of K prompts after the image, padded on the left, without the image's
+    pixels. Raises RuntimeError if the token ids are not those that `prompts` gives."""
     if processor.tokenizer.pad_token is None:           # any token will do: it is masked
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     images = [[image]] * len(prompts) if image else None
@@ -407,11 +409,12 @@ def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=
 
     The logits of all M tokens would fill gigabytes, so no graph goes through them. Instead the
     slope of each logprob, its gradient with respect to its own hidden state, is computed chunk by
-    chunk, and the logits are freed. With a vocabulary of 248,320 a chunk of 256 rows takes 1 GB.
+    chunk, and the logits are freed. With a vocabulary of 248,320 a chunk of 256 rows takes 1 GB:
+    its logits in float32, the steps of the softmax, and their gradients, of 0.25 GB each.
     """
     logps, slopes = [], []
     for states, target in zip(hidden.detach().split(chunk), targets.split(chunk)):
-        with torch.enable_grad():
+        with torch.enable_grad():                       # also if the caller wants no gradient
             logits = output(states.requires_grad_()).float() / temperature      # (chunk, V)
             logp = logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
             slopes += torch.autograd.grad(logp.sum(), states)   # row i depends on state i alone
@@ -422,9 +425,10 @@ def token_logps(hidden: Tensor, targets: Tensor, output: nn.Module, temperature=
 
 
 class GraphLinearAttentionLayer(LinearAttentionLayer):
-    """transformers overwrites the recurrent state in place, which backward still needs: here the
-    new state is assigned. (It overwrites the convolution's state, too, but backward does not need
-    that: the model convolves a copy made by torch.cat.)"""
+    """transformers copies a new recurrent state into the memory of the old one, which backward
+    still needs; here the new tensor takes the old one's place. `state_idx` tells a layer's states
+    apart, where it has several. (A convolution's state is overwritten too, but nothing needs its
+    old values: the model convolves what torch.cat copied from it, and autograd follows copies.)"""
 
     def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs):
         self.recurrent_states[state_idx] = recurrent_states
@@ -588,8 +592,9 @@ def judge_groups(task: Task, examples: list[Example], groups: list[list[Completi
 
 def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[list[Completion]],
                   loss_function: Callable, config: Config) -> dict:
-    """`config.updates` steps of AdamW on one batch of groups. Returns the metrics of the last one,
-    or "skipped": 1 alone if something in it was not finite, so that it was left out."""
+    """Make `config.updates` steps of AdamW on one batch of groups. Returns the metrics of the last
+    update. Where a metric or the gradient is not finite, this update and those after it are not
+    made, and "skipped": 1 is the only metric."""
     total_tokens = sum(gather(sum(len(c.ids) for group in groups for c in group)))
     rewards = torch.tensor([[c.reward for c in group] for group in groups])         # (P, G)
     metrics = Counter()
@@ -616,8 +621,8 @@ def update_pixels(model, processor, pixels: nn.Module, optimizer, groups: list[l
 
 def validate(llm, processor, task: Task, examples: list[Example], image: Image.Image | None,
              config: Config) -> float:
-    """Accuracy after the image, asked as eval.py asks: greedy, with its presence penalty. Each
-    rank asks a part of the questions."""
+    """Accuracy after the image, asked as eval.py asks: greedy, with the presence penalty of
+    the paper's evaluation. Each rank asks a part of the questions."""
     results = evaluate(llm, processor, task, examples[RANK::WORLD_SIZE], image,
                        config.max_new_tokens)
     return sum(gather(sum(result["score"] for result in results))) / len(examples)
@@ -657,11 +662,12 @@ def check_model(model, device: str):
 
 
 def load_examples(config: Config, task: Task, processor, image) -> tuple[list, list]:
-    """(training, validation) Examples. Those of one conversation share a key. If the validation
-    ends amid a conversation, its rest is left out, so no key is in both."""
+    """(training, validation) Examples. Several may share a key, such as the calls of one ToolMind
+    conversation: what shares its key with an example of the validation slice, but has no place in
+    it, is in neither."""
     examples = task.load("train", config.data)
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
-                         {"--seed": image})             # an error names this flag
+                         {"--seed": image})             # its tokens count; errors name the flag
     examples.sort(key=lambda example: key_hash(example.key))
     validation = examples[:config.validation]
     held_out = {example.key for example in validation}
@@ -683,7 +689,7 @@ FREE = ("out", "resume", "steps", "max_num_seqs", "gpu_memory_utilization", "tok
 def load_state(config: Config, training: list[Example], validation: list[Example],
                seed_image: Image.Image | None, pixels: nn.Module, optimizer) -> dict:
     """The state of the run in `config.out`, or a new one where a run begins. Pixels and optimizer
-    are set to it. Rank 0 also writes the pictures and metrics.jsonl again: a kill amid save_state
+    are set to it. Rank 0 also writes the pictures and metrics.jsonl again: a kill during save_state
     may have left them one step behind. Raises InputError if the folder holds another run, or a
     broken one."""
     folder, path = Path(config.out), Path(config.out, "state.pt")
@@ -725,7 +731,7 @@ def add_pictures(state: dict, image: Image.Image | None, seed_image: Image.Image
     notes = {"step": metrics["step"]}                   # what each PNG says about its making
     for name, value in state["settings"].items():
         if value is not None:
-            is_path = os.path.exists(str(value))        # of a local path only the last part is told
+            is_path = os.path.exists(str(value))        # of a path only the last part is noted
             notes[name] = Path(str(value)).name if is_path else value
     metrics["moved"] = float(abs(np.subtract(image, seed_image, dtype=int)).mean())
     files["last.png"] = png_bytes(image, notes)
@@ -734,7 +740,7 @@ def add_pictures(state: dict, image: Image.Image | None, seed_image: Image.Image
         files["panel.png"] = png_bytes(panel(seed_image, image), notes)
         if "seed.png" not in files:                     # the seed as it was cropped and scaled
             files["seed.png"] = png_bytes(seed_image, notes)
-        # The earlier of two equally good images is kept: it is nearer to the seed.
+        # The earlier of two equally good images is kept: it should be nearer to the seed.
         if all(metrics["validation"] > before.get("validation", -1) for before in earlier):
             files["best.png"] = png_bytes(image, notes)
 
@@ -792,7 +798,7 @@ def main(argv: list[str] | None = None):
         parser.error(str(error))
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: --resume with less --tokens-per-microbatch or "
-                     "--gpu-memory-utilization, or begin anew with less --max-model-len.")
+                     "--gpu-memory-utilization, or start over with a smaller --max-model-len.")
     except KeyboardInterrupt:
         parser.exit(130, "interrupted: --resume goes on after the last step\n")
 

@@ -423,9 +423,9 @@ def gpqa_half(path: str, split: str) -> Iterator[dict]:
 
 # ToolMind: the next tool call ---------------------------------------------------------------------
 # A completion is right if it makes exactly the reference's calls, in any order, in either dialect:
-# Hermes JSON or Qwen3.5's XML. The tool's schema tells whether "5" is a text or the number. An
-# argument that is null is one that is not given, as in a "strict" schema of the OpenAI protocol. XML
-# is read as the parser of vLLM 0.32 reads it: True is true, but a Python list is a text.
+# Hermes JSON or Qwen3.5's XML. The tool's schema tells whether "5" is a text or the number. A null
+# argument is one that is not given, as in OpenAI's "strict" schemas. XML is read as the parser of
+# vLLM 0.32 reads it: True is true, but a Python list is a text.
 
 # How a schema combines others.
 COMBINED = ("allOf", "anyOf", "oneOf")
