@@ -76,7 +76,7 @@ class Config:
     updates: int = flag(1, "updates on each batch of rollouts; the clip works from the second on")
     oversampling: int = flag(3, "prompts that a sampling round takes for each one still wanted")
     rounds: int = flag(4, "the most sampling rounds of a step")
-    weight_cap: float = flag(2.0, "a token's weight is min(pi_old / pi_vllm, this cap); 0: it is 1")
+    weight_cap: float = flag(2.0, "a token's weight is min(pi_old / pi_vllm, WEIGHT_CAP), or 1 if 0")
     max_new_tokens: int = flag(512, "the most tokens of a completion")
     max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
     max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
@@ -115,8 +115,8 @@ class PixelLogits(nn.Module):
     """The trainable image: float32 logits (3, H, W), at first those of a uint8 seed (3, H, W).
 
     A module of your own takes its place in `train` and `backward` if it has the two methods
-    `to_image` and `features`, which say what they must return. A smaller grid, a border or a bound
-    on the change need only another `forward`.
+    `to_image` and `features`, whose docstrings say what they return. A smaller grid, a border or a
+    bound on the change need only another `forward`.
     """
 
     def __init__(self, seed: Tensor, rounding: bool = True):
@@ -143,7 +143,7 @@ class PixelLogits(nn.Module):
     def features(self, model, processor, prompt: str):
         """What the frozen vision tower makes of the image, with the graph to the logits, as
         `model.get_image_features` returns it. The model's own processor is differentiable, and
-        makes of a float tensor the same values as of the PNG. Some processors want a text beside
+        gives the same values for a float tensor as for the PNG. Some processors want a text beside
         the image, for which any prompt does. A parameter without an image returns None."""
         image = self()
         check_size(processor, image.shape[2], image.shape[1])
@@ -162,7 +162,7 @@ class Completion:
 
     prompt: the rendered chat template, with its placeholder for the image
     prompt_ids: the prompt's token ids as vLLM ran them, with the placeholder expanded
-    ids: the completion's own token ids, up to and with the end-of-turn token
+    ids: the completion's own token ids, up to and including the end-of-turn token
     vllm_logps: vLLM's logprob of each of `ids`; None for a text that vLLM did not sample, whose
         importance weight is 1
     text: the text of `ids`
@@ -358,8 +358,8 @@ def completion_logps(model, processor, pixels: nn.Module, completions: list[Comp
                              features)
     # Positions count the tokens of a prompt from 0, without the padding. But with MRoPE an image of
     # h x w tokens takes only max(h, w) of them. Such a model gets no positions for prompts with an
-    # image: it computes them itself, and leaves in `rope_deltas` (K, 1) by how much the positions
-    # of each prompt are more than its tokens, a negative number.
+    # image: it computes them itself, and leaves in `rope_deltas` (K, 1) what has to be added to the
+    # number of each prompt's tokens, without the padding, to get its first free position.
     seen = inputs["attention_mask"]                                 # (K, L), 0 on the padding
     cache = graph_cache(model)
     by_model = image is not None and hasattr(model.base_model, "rope_deltas")
@@ -663,11 +663,12 @@ def check_model(model, device: str):
 
 def load_examples(config: Config, task: Task, processor, image) -> tuple[list, list]:
     """(training, validation) Examples. Several may share a key, such as the calls of one ToolMind
-    conversation: what shares its key with an example of the validation slice, but has no place in
-    it, is in neither."""
+    conversation: an example outside of the validation slice that shares its key with one inside is
+    left out, so that no conversation is in both."""
     examples = task.load("train", config.data)
+    # The image's tokens count as well; "--seed" is what an error calls it.
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,
-                         {"--seed": image})             # its tokens count; errors name the flag
+                         {"--seed": image})
     examples.sort(key=lambda example: key_hash(example.key))
     validation = examples[:config.validation]
     held_out = {example.key for example in validation}
