@@ -76,7 +76,7 @@ class Config:
     updates: int = flag(1, "updates on each batch of rollouts; the clip works from the second on")
     oversampling: int = flag(3, "prompts that a sampling round takes for each one still wanted")
     rounds: int = flag(4, "the most sampling rounds of a step")
-    weight_cap: float = flag(2.0, "a token's weight is min(pi_old / pi_vllm, WEIGHT_CAP), or 1 if 0")
+    weight_cap: float = flag(2.0, "the most of a token's weight, pi_old / pi_vllm; 0: no weights")
     max_new_tokens: int = flag(512, "the most tokens of a completion")
     max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
     max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
