@@ -41,7 +41,8 @@ from transformers.utils.versions import require_version
 
 from eval import (IMAGE, TASKS, TEMPLATED, Example, InputError, Task, check_range,
                   check_size, drop_long, evaluate, explained, key_hash, load_engine,
-                  load_processor, model_inputs, open_picture, png_bytes, prepend, render)
+                  load_processor, model_inputs, open_picture, opened_thought, png_bytes, prepend,
+                  render)
 
 
 # Flags --------------------------------------------------------------------------------------------
@@ -582,7 +583,8 @@ def judge_groups(task: Task, examples: list[Example], groups: list[list[Completi
     """Give each Completion of P groups, of P examples, its answer, score and reward. Each is judged
     once, and all are judged together."""
     pairs = [(example, c) for example, group in zip(examples, groups) for c in group]
-    judged = task.judge([example for example, _ in pairs], [c.text for _, c in pairs])
+    texts = [opened_thought(c.prompt) + c.text for _, c in pairs]
+    judged = task.judge([example for example, _ in pairs], texts)
     for (_, c), (answer, score) in zip(pairs, judged):
         c.answer, c.score = answer, score
     for example, group in zip(examples, groups):
@@ -665,6 +667,7 @@ def load_examples(config: Config, task: Task, processor, image) -> tuple[list, l
     """(training, validation) Examples. Several may share a key, such as the calls of one ToolMind
     conversation: an example outside of the validation slice that shares its key with one inside is
     left out, so that no conversation is in both."""
+    task.check(processor)
     examples = task.load("train", config.data)
     # The image's tokens count as well; "--seed" is what an error calls it.
     examples = drop_long(processor, examples, config.max_model_len - config.max_new_tokens,

@@ -32,6 +32,7 @@ from types import NoneType
 
 import numpy as np
 import pandas
+import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
@@ -109,23 +110,31 @@ class Task:
             raise InputError("--data: this task has no file on the hub; give a local one.")
         with explained(f"{name} cannot be read", f"{HUB}, or give --data"):
             path = hf_hub_download(*name.split(), repo_type="dataset") if data is None else data
-        rows = read_rows(path)
+        rows, whole = read_rows(path), ""
         if self.divide and Path(path).name in re.split("[ /]", name):
             rows, limit = self.divide(path, split), min(limit or MOST[split], MOST[split])
+        elif self.divide:
+            whole = f"; it is used whole, since its name is not {Path(name).name.split()[-1]}"
         examples, errors = [], []
         remedy = "mend it, or give a .jsonl, .csv or .parquet file"
         with explained(f"--data {path}: it cannot be read", remedy), closing(rows):
             for row in rows:
                 try:
+                    if not isinstance(row, dict):
+                        raise TypeError("a row is one JSON object in one line")
                     examples.append(self.example(row))
                 except Exception as error:              # a row may lack anything, in any form
                     errors.append(f"{type(error).__name__}: {one_line(error)}")
                 if len(examples) == limit:
                     break
-        print(f"{path}: {len(examples)} examples, {len(errors)} rows left out", file=sys.stderr)
+        print(f"{path}: {len(examples)} examples, {len(errors)} rows left out{whole}",
+              file=sys.stderr)
         if not examples:
             raise InputError(f"--data {path}: no row is usable ({[*errors, 'empty split'][0]}).")
         return examples
+
+    def check(self, processor):
+        """Raise InputError if completions of the model with this processor cannot be judged."""
 
     def judge(self, examples: list[Example], texts: list[str]) -> list[tuple[object, float]]:
         """(answer, score) of each text, a completion of the example at its place. Strict, and what
@@ -158,8 +167,15 @@ def read_rows(path: str) -> Iterator[dict]:
     if str(path).lower().endswith(".csv"):
         yield from read_csv(path)
     elif str(path).lower().endswith(".parquet"):
-        for batch in pyarrow.parquet.read_table(path).to_batches():
-            yield from read_json(json.dumps(batch.to_pylist(), default=json_value))
+        table = pyarrow.parquet.read_table(path)
+        kind = pyarrow.struct(table.schema)             # of a row
+        for column in kind:
+            if pyarrow.types.is_nested(column.type) and "timestamp[" in str(column.type):
+                raise ValueError(f"its column {column.name} holds timestamps: how they were written"
+                                 " before is lost; write them as text, or leave the column out")
+        for batch in table.to_batches():
+            rows = [decoded(row, kind) for row in batch.to_pylist(maps_as_pydicts="strict")]
+            yield from read_json(json.dumps(rows, default=json_value))
     else:
         yield from read_jsonl(path)
 
@@ -198,6 +214,20 @@ def read_csv(path: str) -> Iterator[dict]:
         except csv.Error as error:
             raise ValueError(f"line {rows.reader.line_num}: {error}; quotes in a CSV field are "
                              "doubled") from error
+
+
+def decoded(value, kind):
+    """A value of the Arrow type `kind`, with what this marks as JSON decoded, at any depth. (The
+    library datasets stores a field so if it is a text in one row and a number in another.)"""
+    if isinstance(value, str):
+        return json.loads(value) if isinstance(kind, pyarrow.JsonType) else value
+    if isinstance(value, list):
+        return [decoded(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        is_map = pyarrow.types.is_map(kind)
+        return {name: decoded(item, kind.item_type if is_map else kind.field(name).type)
+                for name, item in value.items()}
+    return value
 
 
 def json_value(value) -> str | None:
@@ -257,9 +287,9 @@ FRACTION = re.compile(r"""(?x)                      # "\dfrac{1}{2}", "\frac12";
     (?<!\d)\\[cdt]?frac\s* (?:\{\s*(-?[\d.,]+)\s*\}|(\d)) \s*(?:\{\s*(\d+)\s*\}|(\d))
     """)
 MARKUP = re.compile(r"""(?imx)
-    \\(?:text|math)[a-z]*\b                         # "18\text{ m}", "\mathbf{18}"
+    \\(?:text|math|bold)[a-z]*\b                    # "18\text{ m}", "\boldsymbol{18}"
     | \\(?:[fhm]?box|boxed|left|right|q?quad|degree)\b          # "18\quad", "18\mbox{ m}"
-    | \\(?:displaystyle|underline|color|large|huge|emph|bf)\b   # "\large 18"
+    | \\(?:displaystyle|underline|color|large|huge|emph|bf|bm|rm)\b     # "\bf 18"
     | </?(?-i:b|i|em|strong|span)>                  # "<b>18</b>", but not "<B>"
     | <\|(?:begin|end)_of_box\|>                    # the same box after "Answer:"
     | \\[][] | \\(?:begin|end)\{[^{}\n]*\}          # "\[ 18 \]", "\begin{align*}"
@@ -276,14 +306,21 @@ def without_thought(text: str) -> str:
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
-def claims(text: str, mark: re.Pattern) -> Iterator[str]:
-    """For each mark, the last one first, the first line with a letter or digit in the 300
-    characters after it, without markup."""
+def opened_thought(prompt: str) -> str:
+    """"<think>" if the chat template opens a thought, as that of Qwen3-VL-Thinking does. It belongs
+    to the completion, so that one which is cut off within the thought gives no answer."""
+    return "<think>" if prompt.rstrip().endswith("<think>") else ""
+
+
+def claims(text: str, mark: re.Pattern) -> Iterator[tuple[int, str]]:
+    """(position, claim) of each mark, the last one first: its claim is the first line with a letter
+    or digit in the 300 characters after it, without markup."""
     text = without_thought(text).translate(TYPOGRAPHY)
     for found in reversed(list(mark.finditer(text))):
         claim = FRACTION.sub(r"\1\2/\3\4 ", text[found.end():found.end() + 300])
         claim = INVISIBLE.sub("", MARKUP.sub(" ", claim))
-        yield next((line for line in claim.splitlines() if re.search(r"\w", line)), "")
+        lines = [line for line in claim.splitlines() if re.search(r"\w", line)]
+        yield found.start(), (lines or [""])[0]
 
 
 # GSM8K --------------------------------------------------------------------------------------------
@@ -301,7 +338,7 @@ EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarr
 NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
 ROUGHLY = re.compile(r"(?i)\b(?:about|around|approximately|roughly)\s(?=\W?\d)")        # "about 18"
 CONCLUSION = re.compile(r"""(?imx) ^[^\w\n]*            # "**Therefore**, she makes 18."
-    (?:so|thus|hence|therefore|finally|in\ total)\b (?=[^\n]*\d[^\n]*\Z)
+    (?:so|thus|hence|therefore|finally|in\ total|total)\b (?=[^\n]*\d[^\n]*\Z)
     """)
 RUN = re.compile(r"""(?ix)
     (?: (?:^\s*-\s* | (?<![\w)])-) (?=\.?\d)        # "- 7", "a loss of -7", but not "5-7"
@@ -337,16 +374,22 @@ def to_fraction(number: str) -> Fraction:
 
 def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
     """The number that a completion gives as its answer, or None."""
-    marked = [*claims(text, COLON), *claims(text, OTHER)]
-    lines = [*marked, *claims(text, CONCLUSION)] if marked else []
-    lines = [REMARK.sub(r"\1", ROUGHLY.sub("", NEGATIVE.sub("-", line))) for line in lines]
-    lines = [line.lstrip(" :=(['~+<") for line in lines]
-    direct = [line for line in lines[:len(marked)] if starts_with_number(line)]
-    for line in [*direct, *lines[len(marked):], *lines]:
+    colon, other = ([(at, plain_line(line)) for at, line in claims(text, mark)]
+                    for mark in (COLON, OTHER))
+    last = next((at for at, line in colon if RUN.search(line)), 0)
+    direct = [line for at, line in colon + other if at >= last and starts_with_number(line)]
+    marked = [line for _, line in colon + other]
+    conclusions = [plain_line(line) for _, line in claims(text, CONCLUSION)] if marked else []
+    for line in [*direct, *conclusions, *marked]:
         if run := RUN.search(EQUALS.split(line)[-1]):
             number = NUMBER.fullmatch(run[0].strip())
             return to_fraction(number[1]) if number else None
     return None
+
+
+def plain_line(line: str) -> str:
+    """"approximately minus 7 (that is, a loss)" -> "-7"."""
+    return REMARK.sub(r"\1", ROUGHLY.sub("", NEGATIVE.sub("-", line))).lstrip(" :=(['~+<")
 
 
 def starts_with_number(line: str) -> bool:
@@ -370,7 +413,8 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
 BEGINS = re.compile(r"""(?x)
     \W* (?:(?i:clearly|indeed|therefore|thus|definitely|probably|(?:most\ )?likely)\W+)?
     (?:(?i:(?:answer\ )?(?:option|choice)|letter|statement)\W+)?            # "**B**", "option (B)"
-    ([A-D])\b (?![-+=^']\w)                         # "B. copper", but not "D-glucose"
+    ( [A-D]\b (?![-+=^']\w)                         # "B. copper", but not "D-glucose"
+    | [a-d](?=\)\s) )                               # "b) copper"
     """)
 BRACKETED = re.compile(r"""(?x)
     (?: [(\[]\s?(?=[A-Da-d]\s?[)\]])                 # "copper (B)"
@@ -398,7 +442,8 @@ def gpqa_example(row: dict) -> Example:
 
 def gpqa_answer(example: Example | None, text: str) -> str | None:
     """The letter that a completion gives as its answer, or None."""
-    for lines in [*claims(text, CORRECT), *claims(text, COLON)], [*claims(text, OTHER)]:
+    for marks in (CORRECT, COLON), (OTHER,):
+        lines = [line for mark in marks for _, line in claims(text, mark)]
         for read in BEGINS.match, BRACKETED.search, ALONE.match:
             for letter in filter(None, map(read, lines)):
                 return letter[1].upper()
@@ -447,6 +492,9 @@ def parsed(value):
     return value
 
 
+NO_PARAMETERS = {"type": "object", "properties": {}}
+
+
 def tool_schema(tool: dict) -> dict:
     """A tool as chat templates expect it, in the order of keys in which vLLM's server prints it."""
     tool = tool.get("function") or tool
@@ -455,9 +503,9 @@ def tool_schema(tool: dict) -> dict:
     while "parameters" in schema and "type" not in schema:
         schema = schema["parameters"]                   # some tools wrap their schema twice
     is_schema = not schema.keys().isdisjoint(("properties", "$ref", *COMBINED))
-    if not is_schema and schema.get("type") != "object":
+    if not is_schema and str(schema.get("type")).lower() not in ("object", "dict"):
         properties = {k: v if isinstance(v, dict) else {"type": v} for k, v in schema.items()}
-        schema = {"type": "object", "properties": properties}
+        schema = {**NO_PARAMETERS, "properties": properties}
     return {"type": "function", "function": {
         "name": tool["name"], "description": tool.get("description") or "", "parameters": schema}}
 
@@ -474,7 +522,8 @@ def call_of(call: dict) -> tuple[str, dict]:
 
 def calls_of(turn: dict) -> list[tuple[str, dict]]:
     """The calls of a turn of a conversation."""
-    return [call_of(call) for call in parsed(turn.get("tool_calls")) or []]
+    calls = parsed(turn.get("tool_calls") or turn.get("function_call")) or []
+    return [call_of(call) for call in (calls if isinstance(calls, list) else [calls])]
 
 
 def toolmind_example(row: dict) -> Example:
@@ -492,9 +541,14 @@ def toolmind_example(row: dict) -> Example:
                  for name, arguments in calls_of(turn)]
         messages.append({**message, "tool_calls": calls} if calls else message)
     tools = [tool_schema(tool) for tool in map(parsed, parsed(row["tools"]))]
-    if not {name for name, _ in calls_of(target)} <= {t["function"]["name"] for t in tools}:
-        raise ValueError("its call is of a tool that it does not offer")
-    key = first_user_message(history)
+    shown = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    for name, arguments in calls_of(target):
+        if name not in shown:
+            raise ValueError("its call is of a tool that it does not offer")
+        if arguments and shown[name] == NO_PARAMETERS:
+            raise ValueError("its call has arguments, but no known field of its tool shows any")
+    if not (key := first_user_message(history)).strip():
+        raise ValueError("its first user message has no text in the field content")
     return Example(key, messages, comparable(calls_of(target), tools), tools)
 
 
@@ -619,6 +673,25 @@ def tool_names(calls: Counter) -> list[str]:
 
 
 class ToolMind(Task):
+
+    def check(self, processor):
+        """Raise InputError unless a call can be read that the model's own chat template has written
+        and its tokenizer has decoded as vLLM does, without the special tokens."""
+        tool = tool_schema({"name": "visit", "parameters": {"city": {"type": "string"}}})
+        call = {"type": "function", "function": {"name": "visit", "arguments": {"city": "Oslo"}}}
+        said = [*user_turn("Where?"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+        with explained("--model: its chat template writes no tool call", "give another model"):
+            before = render(processor, Example("", said[:1], None, [tool]))
+            text = processor.apply_chat_template(said, tools=[tool])
+            turn = text[len(os.path.commonprefix([before, text])):]
+            ids = processor.tokenizer.encode(turn, **TEMPLATED)
+            written = processor.tokenizer.decode(ids, skip_special_tokens=True)
+        calls = None
+        with suppress(Exception):                       # of a call in another form
+            calls = read_calls(written)
+        if calls != [("visit", {"city": "Oslo"})]:
+            raise InputError(f"--model: it writes a call as {written.strip()!r}, but eval.py reads "
+                             "Hermes JSON and Qwen's XML: give a model that writes one of these.")
 
     def rewards(self, example: Example, completions: list) -> list[float]:
         """1 for the exact calls, 0.3 for calls of the right tools, 0.1 for readable ones. The paper
@@ -873,10 +946,11 @@ def parts_shown(example: Example, prompt: str) -> dict[str, bool]:
     for part, text in said:
         times[text] += 1
         # The text may stand there as it is or within JSON, but not within a list of parts that the
-        # template prints as Python does.
-        forms = {text, json.dumps(text, ensure_ascii=False)[1:-1]}
+        # template prints as Python or JSON.
+        quoted = json.dumps(text, ensure_ascii=False)
+        forms = {text, quoted[1:-1]}
         count = sum(prompt.count(form) for form in forms)
-        count -= prompt.count(f"'text': {text!r}")
+        count -= prompt.count(f"'text': {text!r}") + prompt.count(f'"text": {quoted}')
         shown[part] = shown.get(part, True) and count >= times[text]
     return shown
 
@@ -987,7 +1061,12 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY) -> list[t
         prompts.append({"prompt": render(processor, example), **images})
     outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
                            use_tqdm=sys.stderr.isatty())
-    return [(sample.text, len(sample.token_ids), sample.finish_reason == "length")
+    expected, found = count_tokens(processor, *requests[0]), len(outputs[0].prompt_token_ids)
+    if found != expected:
+        raise InputError(f"--model: vLLM's prompt has {found} tokens, the processor's {expected}: "
+                         "look for another tokenizer in the model's folder.")
+    return [(opened_thought(output.prompt) + sample.text, len(sample.token_ids),
+             sample.finish_reason == "length")
             for output in outputs for sample in output.outputs]
 
 
@@ -1051,6 +1130,7 @@ class Server:
         if text == "" and tokens > 1:
             return ValueError(f"a reply of {tokens} tokens has no text: --tool-call-parser or "
                               "--reasoning-parser may withhold it")
+        text = opened_thought(render(processor, request[0])) + text
         return text, tokens, reason == "length" or tokens >= sampling["max_tokens"]
 
 
@@ -1172,6 +1252,7 @@ def score_arms(args, llm=None):
     args.model = args.model or (server.name if server else "Qwen/Qwen3.5-0.8B")
     processor = load_processor(args.model)
     requests = partial(arm_requests, processor, random_seed=args.random_seed, size=args.size)
+    task.check(processor)
     examples = task.load("test", args.data, args.limit)
     max_tokens = args.max_model_len - args.max_new_tokens
     examples = drop_long(processor, examples, max_tokens, arms, args.size)

@@ -30,7 +30,14 @@ class Parrot:
     def generate(self, prompts, sampling, **options):
         next(self.calls)
         sample = mock.Mock(text="Answer: 1", token_ids=[1, 2, 3], finish_reason="stop")
-        return [mock.Mock(outputs=[sample]) for _ in prompts]
+        processor = tasks.load_processor(str(TINY))
+        outputs = []
+        for prompt in prompts:
+            image = prompt.get("multi_modal_data", {}).get("image")
+            ids, = tasks.model_inputs(processor, prompt["prompt"], image)["input_ids"]
+            outputs.append(mock.Mock(outputs=[sample], prompt=prompt["prompt"],
+                                     prompt_token_ids=ids))
+        return outputs
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "toolmind"])

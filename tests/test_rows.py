@@ -1,6 +1,7 @@
 """Files of rows: every kind gives the same examples, what is unusable is left out and counted, and
 of the hub's large file each split has its own rows, whatever their order."""
 
+import datetime
 import decimal
 import json
 import os
@@ -12,6 +13,9 @@ import time
 import warnings
 from unittest import mock
 
+import datasets
+import pyarrow.json
+import pyarrow.parquet
 import pytest
 
 import eval as tasks
@@ -65,7 +69,8 @@ def test_a_file_is_read_as_far_as_it_is_needed(tmp_path):
     ("a.jsonl", '{}\n\n{"a": 1,}\n{}', "line 3, column 9: Expecting property name"),
     ("a.jsonl", "{}\n" + "[" * 10**6, "line 2: maximum recursion"),
     ("a.csv", "q\n1", "no row is usable .*'question'"), ("a.parquet", "x", "cannot be read"),
-    ("a.jsonl", "[1]", "TypeError: "), ("a.jsonl", "7", "TypeError: "),
+    ("a.jsonl", '[{"question": "x"}]', "a row is one JSON object in one line"),
+    ("a.jsonl", "7", "a row is one JSON object in one line"),
     ("a.jsonl", "", "empty split"), ("a.csv", "", "empty split"),
     ("a.csv", "q,a\n1,2,3\n", "line 2: it has more fields than the header"),
     ("a.csv", 'q\n"1', "line 2: unexpected end of data"),
@@ -204,12 +209,84 @@ def test_a_tools_result_reaches_the_prompt_as_the_characters_it_holds(tmp_path, 
     assert said == ([] if text is None else [{"type": "text", "text": text}])
 
 
-def test_nan_in_a_structured_result_of_parquet_is_a_field_that_is_not_there(tmp_path):
-    row = toolmind_row("q")
-    result = {"role": "tool", "content": {"a": float("nan"), "b": "c"}}
-    row["conversations"] = [result, {"role": "user"}, {**row["conversations"][-1], "content": None}]
-    example, = load("toolmind", tmp_path / "a.parquet", [row])
-    assert example.messages[0]["content"][0]["text"] == '{"b": "c"}'
+def test_nan_in_a_structure_of_parquet_is_a_field_that_is_not_there(tmp_path):
+    rows = [{"result": {"a": float("nan"), "b": "c"}}]
+    assert [*tasks.read_rows(write(tmp_path / "a.parquet", rows))] == [{"result": {"b": "c"}}]
+
+
+def go(call, **turn):
+    """A row whose call of a tool `go` has the arguments `call`; all turns have the same keys."""
+    row = toolmind_row("q", {"role": "assistant", "content": "", "tool_calls": None, **turn},
+                       tool_calls=[{"name": "go", "arguments": call}])
+    row["conversations"][0]["tool_calls"] = None
+    properties = {name: {"type": ["string", "integer"]} for name in call}
+    return {**row, "tools": [{"name": "go", "parameters": {
+        "type": "object", "properties": properties}}]}
+
+
+MIXED = {                   # a field that holds a text in one row, and something else in another
+    "an argument": ("toolmind", [go({"to": "Oslo"}), go({"to": 5}), go({"to": "5"})]),
+    "content": ("toolmind", [go({"to": "Oslo"}, content=[{"type": "text", "text": "a\nb"}]),
+                             go({"to": "Rome"}, content="a\nb")]),
+    "a choice": ("gpqa", [gpqa_row("a", **{"Correct Answer": 3}),
+                          gpqa_row("b", **{"Correct Answer": "1 eV"})]),
+    "a call": ("toolmind", [go({"to": "Oslo"}), go({"from": ["Rome"]}), go({"to": {"city": 1}})])}
+
+
+@pytest.mark.parametrize("field", MIXED)
+def test_what_the_library_datasets_stores_as_json_in_parquet_is_decoded(tmp_path, field):
+    task, rows = MIXED[field]
+    plain = load(task, tmp_path / "a.jsonl", rows)
+    table = datasets.load_dataset("json", data_files=str(tmp_path / "a.jsonl"), split="train",
+                                  cache_dir=str(tmp_path))
+    table.to_parquet(tmp_path / "a.parquet")
+    assert "extension<arrow.json>" in str(pyarrow.parquet.read_schema(tmp_path / "a.parquet"))
+    assert TASKS[task].load("test", str(tmp_path / "a.parquet")) == plain
+
+
+def test_a_map_of_parquet_is_an_object(tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    table = pyarrow.table({"a": pyarrow.array([{"b": {"c": 1}}], kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [*tasks.read_rows(str(tmp_path / "a.parquet"))] == [{"a": {"b": {"c": 1}}}]
+
+
+def test_timestamps_within_a_conversation_are_refused(tmp_path):
+    """Arrow's reader of JSON makes them of dates: "2024-05-01" could not be told from a time."""
+    path = write(tmp_path / "a.jsonl", [go({"day": "2024-05-01"})])
+    pyarrow.parquet.write_table(pyarrow.json.read_json(path), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="column conversations holds timestamps: .*write them as"):
+        TASKS["toolmind"].load("test", str(tmp_path / "a.parquet"))
+
+
+def test_a_timestamp_beside_the_question_does_no_harm(tmp_path):
+    row = {**gsm8k_row("q"), "created_at": datetime.datetime(2024, 5, 1)}
+    assert keys_of(load("gsm8k", tmp_path / "a.parquet", [row])) == ["q"]
+
+
+@pytest.mark.parametrize("name", ["inputs", "args", "parameter_definitions", "schema"])
+def test_arguments_of_which_the_tool_shows_none_leave_the_row_out(tmp_path, name):
+    """Such as where the parameters stand in a field with another name: no prompt shows them."""
+    row = go({"to": "Oslo"})
+    row["tools"][0][name] = row["tools"][0].pop("parameters")
+    assert keys_of(load("toolmind", tmp_path / "a.jsonl", [row, toolmind_row("b")])) == ["b"]
+
+
+@pytest.mark.parametrize("name", ["value", "text", "parts"])
+def test_a_question_in_another_field_leaves_the_row_out(tmp_path, name):
+    row = toolmind_row("a")
+    row["conversations"][0] = {"role": "user", name: "a"}
+    assert keys_of(load("toolmind", tmp_path / "a.jsonl", [row, toolmind_row("b")])) == ["b"]
+
+
+def test_calls_may_be_written_as_before_there_were_several(tmp_path):
+    """The OpenAI protocol's first way to write a call, in the history or at the end."""
+    call = {"role": "assistant", "function_call": {"name": "go", "arguments": '{"to": "Oslo"}'}}
+    row = go({"to": "Oslo"})
+    old = {**row, "conversations": [row["conversations"][0], call, call]}
+    new = {**row, "conversations": [row["conversations"][0], *[row["conversations"][-1]] * 2]}
+    first, second = load("toolmind", tmp_path / "a.jsonl", [old, new])
+    assert first == second and len(first.messages[1]["tool_calls"]) == 1
 
 
 # The hub's file of ToolMind -----------------------------------------------------------------------
@@ -269,9 +346,9 @@ def test_the_rows_that_are_used_depend_on_no_order(tmp_path, monkeypatch, split,
         assert TASKS["toolmind"].load(split, path, limit) == chosen[:limit]
 
 
-def go(**filled):
-    """Two calls of a tool `go`, the first one answered, and where it is filled as Parquet's structs
-    are: `filled` comes beside each of a struct's own fields."""
+def filled_row(**filled):
+    """Two calls of a tool `go`, the first one answered. Each structure has `filled` beside its own
+    fields, as Parquet's have."""
     call = {"name": "go", "arguments": {"to": "Oslo", "stop": {"at": "Bergen", **filled}, **filled}}
     row = toolmind_row("q", {"role": "assistant", "tool_calls": [call], **filled},
                        {"role": "tool", "content": {"code": 1, **filled}}, tool_calls=[call])
@@ -300,7 +377,7 @@ LAYOUTS = {
 def test_rows_whose_structs_were_filled_with_null_are_the_same_examples(tmp_path, layout):
     """As Parquet's are once they are exported as JSON: each struct has the keys of all others. The
     prompts hold no null either."""
-    plain, filled = (LAYOUTS[layout](row) for row in (go(), go(room=None, id=None)))
+    plain, filled = map(LAYOUTS[layout], (filled_row(), filled_row(room=None, id=None)))
     first, second = load("toolmind", tmp_path / "a.jsonl", [plain, filled])
     assert first == second and "null" not in json.dumps([second.messages, second.tools])
     assert score("toolmind", second, hermes({"to": "Oslo", "stop": {"at": "Bergen"}}, "go")) == 1
@@ -310,8 +387,8 @@ def test_rows_whose_structs_were_filled_with_null_are_the_same_examples(tmp_path
 @pytest.mark.parametrize("filled", [{"arguments": None, "parameters": {"to": "Oslo"}},
                                     {"arguments": {"to": "Oslo"}, "function": None}])
 def test_a_call_may_have_fields_that_are_null(tmp_path, filled):
-    row = {**go(), "conversations": toolmind_row("q", tool_calls=[{"name": "go", **filled}])[
-        "conversations"]}
+    row = go({"to": "Oslo"})
+    row["conversations"][-1]["tool_calls"] = [{"name": "go", **filled}]
     example, = load("toolmind", tmp_path / "a.jsonl", [row])
     assert score("toolmind", example, hermes({"to": "Oslo"}, "go")) == 1
 
@@ -349,10 +426,12 @@ def test_only_chosen_rows_are_parsed(tmp_path):
     assert sum('"conversations"' in str(call) for call in loads.call_args_list) == 50
 
 
-def test_under_another_name_the_same_file_is_used_whole(tmp_path):
+def test_under_another_name_the_same_file_is_used_whole(tmp_path, capsys):
+    """Which is said, for a picture may have been trained on its rows."""
     keys = [f"q{i}" for i in range(3000)]
     rows = [toolmind_row(key) for key in keys]
     assert keys_of(load("toolmind", tmp_path / "mine.jsonl", rows)) == keys
+    assert "used whole, since its name is not graphsyn.jsonl" in capsys.readouterr().err
 
 
 def test_an_interrupted_read_loses_nothing(tmp_path):

@@ -55,7 +55,7 @@ BEHIND_ANSWER = {
         "\n```text\n18\n```", "```18```", "\n\\begin{align*}\nx &= 18\n\\end{align*}", "\n- 18",
         "\n\\begin{equation}\n\\boxed{18}\n\\end{equation}", "\n\n---\n\n18", "18^\\circ",
         "18^{\\circ}", "18\u00b0", "18\\quad", "18 \\mbox{ dollars}", "\\displaystyle 18",
-        "\\underline{18}", "18~dollars", "\\textbf{18}",
+        "\\underline{18}", "18~dollars", "\\textbf{18}", "\\boldsymbol{18}", "\\bm{18}",
         "\\large 18", "\\color{red}{18}",
         # a word for "="
         "6 times 3 equals 18", "9 plus 9 equals 18 dollars", "9 * 2 \\Rightarrow 18"],
@@ -86,7 +86,11 @@ GSM8K = {
         "The answer is 18.\nThe answer is reasonable because 3 eggs are eaten.",
         "**Answer:**\n\n\\[\n18\n\\]", "Answer in dollars: 18\nThe answer is not 3",
         "First express the answer as a percentage: 20 of 100\n#### 18",
-        "<think>Answer: 3</think>Answer: 18"],
+        "<think>Answer: 3</think>Answer: 18",
+        # the last "Answer:" counts, also where an earlier one begins with a number
+        "Answer: 9\nAnswer: The total is 18.", "Step 1 answer: 9\nAnswer: She makes $18 a day.",
+        "$\\boxed{9}$ eggs are left.\n9 * 2 = 18\nAnswer: She makes $18 a day.",
+        "**Answer:**\n\nShe sells 16 - 7 = 9 eggs.\n\nThat is 9 * 2 dollars.\n\n**Total: 18**"],
     -7: ["#### \u22127", "\\boxed{-7}", "It is -\\boxed{7}.", "$-\\boxed{7}$"],
     None: ["", "18", "Answer: \u221ax", "\\boxed{\u221a(a^2+b^2)}",
            "Answer:", "<think>Answer: 18", "The answer isn't 18", "The answer is not 18"],
@@ -203,7 +207,7 @@ GPQA = {
         "The answer is (B). This answer is supported by ruling out (A).",
         "Looking at the answer choices:\n(A) iron\n(B) copper\n\n**B**",
         "The correct answer to the question is (B).\nThe answer is supported by (A).",
-        "The answer is B because (A) melts."],
+        "The answer is B because (A) melts.", "The correct answer is b) copper"],
     "C": ["Answer: (B)? No. The correct answer is (C)"],
     None: [
         "", "Perhaps copper.", "The answer is a difficult one", "<think>The correct answer is (B)",
@@ -468,8 +472,8 @@ def test_toolmind_every_reference_scores_one_and_no_other(arguments, dialect, od
         assert judged(call, dialect(fewer)) == (tasks.parsed(arguments[key]) is None)
         assert not judged(call, dialect({**fewer, key: "something else"}))
     target = {"tool_calls": [{"name": "odd", "arguments": arguments}]}
-    tools = [{"name": "odd", "parameters": odd}]
-    row = json.dumps({"conversations": [{"role": "user"}, target], "tools": tools})
+    user, tools = {"role": "user", "content": "q"}, [{"name": "odd", "parameters": odd}]
+    row = json.dumps({"conversations": [user, target], "tools": tools})
     try:
         oddly = tasks.toolmind_example(tasks.read_json(row))
     except Exception:

@@ -27,6 +27,7 @@ from eval import TASKS, InputError
 class Stand(BaseHTTPRequestHandler):
     """Answers as an OpenAI-compatible server of the tiny model; a test changes how."""
     model, message, tokens = str(TINY), {"content": "Answer: 1"}, 3
+    folder = str(TINY)                          # of the processor that counts the prompt's tokens
     models_in_turn = itertools.repeat(None)     # other models that answer
     status, max_model_len = 200, 4096
     models, change, failing = None, {}, ()      # another list, change of a reply, failing questions
@@ -41,7 +42,7 @@ class Stand(BaseHTTPRequestHandler):
         text = request["messages"][0]["content"][-1]["text"]
         self.status = 400 if text.startswith(tuple(self.failing)) else self.status
         prompt = tasks.Example("", tasks.user_turn(text), None)
-        prompt_tokens = tasks.count_tokens(tasks.load_processor(str(TINY)), prompt)
+        prompt_tokens = tasks.count_tokens(tasks.load_processor(self.folder), prompt)
         message, model = {"role": "assistant", **self.message}, next(self.models_in_turn)
         usage = {"prompt_tokens": prompt_tokens, "completion_tokens": self.tokens}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": model or self.model,
@@ -143,6 +144,19 @@ def test_a_completion_that_ends_at_once_is_a_wrong_answer_like_others(stand, tmp
     eval_main(*stand_flags(url, "--out", tmp_path / "out"))
     for result in kept(tmp_path / "out")["none"]["results"]:
         assert result["text"] == "" and not result["failed"] and not result["readable"]
+
+
+def test_a_thought_that_the_prompt_opens_is_no_answer(stand, tmp_path):
+    """Where the model's chat template ends in "<think>", and the reply is cut off within it."""
+    kind, url = stand
+    folder = shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    with open(folder / "chat_template.jinja", "a") as template:
+        template.write("<think>")
+    kind.folder = kind.model = str(folder)
+    eval_main(*stand_flags(url, "--out", tmp_path / "out"))
+    results = kept(tmp_path / "out")["none"]["results"]
+    assert {result["text"] for result in results} == {"<think>Answer: 1"}
+    assert not any(result["readable"] for result in results)
 
 
 @pytest.mark.parametrize("tokens, truncated", [(47, False), (48, True)])

@@ -79,13 +79,14 @@ SCHEMA = {"type": "object", "properties": {"room": {"type": "string"}}, "require
     ({"input_schema": SCHEMA}, {"room": {"type": "string"}}),
     ({"inputSchema": SCHEMA}, {"room": {"type": "string"}}),
     ({"parameters": {"room": "string"}}, {"room": {"type": "string"}}),
+    ({"parameters": {"type": "OBJECT"}}, {}), ({"parameters": {"type": "dict"}}, {}),
     ({"parameters": json.dumps(SCHEMA)}, {"room": {"type": "string"}})])
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_parameters_reach_the_prompt_however_they_are_written(processor, tool, properties, wrapped):
     tool = {"name": "book", **tool}
     tool = {"type": "function", "function": tool} if wrapped else tool
     example = tasks.toolmind_example({**toolmind_row("q"), "tools": [tool, {"name": "stop"}]})
-    assert example.tools[0]["function"]["parameters"]["properties"] == properties
+    assert example.tools[0]["function"]["parameters"].get("properties", {}) == properties
     assert "room" in tasks.render(processor, example) or not properties
 
 
@@ -130,6 +131,37 @@ def with_template(processor, change):
     return processor
 
 
+def special_calls(processor):
+    """The tiny model's processor where a call's tags are special tokens, which vLLM leaves out."""
+    processor = tasks.load_processor(str(TINY))
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<tool_call>"]})
+    return processor
+
+
+OTHER_CALLS = {
+    "<tool_call>\\ncall:visit": lambda processor: with_template(
+        processor, lambda text: text.replace("<function=' + call", "call:' + call")),
+    "', but": lambda processor: with_template(
+        processor, lambda text: text.replace("m.tool_calls or []", "[]")),
+    "<function=visit>": special_calls}
+
+
+def test_hermes_and_qwens_calls_are_read(processor):
+    TASKS["toolmind"].check(processor)
+    TASKS["toolmind"].check(with_template(processor, lambda text: text.replace(
+        "{%- for call in m.tool_calls or [] %}", "{%- for call in m.tool_calls or [] %}{{- "
+        "'<tool_call>' + call.function | tojson + '</tool_call>' }}{%- endfor %}"
+        "{%- for call in [] %}")))
+
+
+@pytest.mark.parametrize("written", OTHER_CALLS)
+def test_a_model_whose_calls_could_not_be_read_is_refused(processor, written):
+    """Each completion would score 0."""
+    with pytest.raises(InputError) as error:
+        TASKS["toolmind"].check(OTHER_CALLS[written](processor))
+    assert f"it writes a call as '{written}" in str(error.value)
+
+
 NO_TOOLS = "{%- set tools = none %}"
 HIDING = [                              # the part that is named, what is replaced, by what
     ("tools", "{%- if tools %}", NO_TOOLS + "{%- if tools %}"),
@@ -140,7 +172,8 @@ HIDING = [                              # the part that is named, what is replac
     ("user messages", "part.text", "''"),
     ("user messages", "{%- for part in content %}", "{%- for part in [] %}"),
     # A template for texts alone prints parts as Python does: [{'type': 'text', 'text': 'Where?'}].
-    ("user messages", "{%- if content is string %}", "{%- if content %}")]
+    ("user messages", "{%- if content is string %}", "{%- if content %}"),
+    ("user messages", "{%- elif content %}", "{%- elif 1 %}{{- content | tojson }}{%- elif 0 %}")]
 
 
 @pytest.mark.parametrize("others", [0, 30])
@@ -219,6 +252,35 @@ def test_a_template_that_hides_a_system_message_beside_an_image_is_refused(proce
         "else ''"))
     with pytest.raises(InputError, match="show the system messages beside an image of 1 out of 1"):
         tasks.sound_prompts(odd, [tooled("Where?"), tasks.toolmind_example(toolmind_row("q"))])
+
+
+# A completion begins within the thought that these templates open, as Qwen3-VL-Thinking's does.
+ASSISTANT = "'<|im_start|>assistant\\n'"
+THINKING = ASSISTANT[:-1] + "<think>\\n'"
+
+
+def test_a_thought_that_the_prompt_opens_is_no_answer(processor, llm, questions):
+    """Until it is closed. In eval.py as in training."""
+    thinking = with_template(processor, lambda text: text.replace(ASSISTANT, THINKING))
+    requests = tasks.arm_requests(thinking, questions[:1], None)
+    (text, _, _), = tasks.ask_engine(llm, thinking, requests, {"max_tokens": 9})
+    assert text.startswith("<think>")
+    texts = ["18. Answer: 18. But wait,", "Wait.\n</think>\n\nAnswer: 18"]
+    example = Example("", tasks.user_turn("q"), 18)
+    for told, template in ([0, 1], thinking), ([1, 1], processor):
+        group = [art.Completion(tasks.render(template, example), [], [], None, text)
+                 for text in texts]
+        art.judge_groups(TASKS["gsm8k"], [example], [group])
+        assert [completion.reward for completion in group] == told
+
+
+def test_an_engine_with_another_tokenizer_is_refused(llm):
+    """For example Mistral's own, which vLLM prefers to that of transformers."""
+    other = tasks.load_processor(str(TINY))
+    other.tokenizer.add_tokens(["What is"])
+    requests = tasks.arm_requests(other, [Example("", tasks.user_turn("What is it?"), None)], None)
+    with pytest.raises(InputError, match="vLLM's prompt has [0-9]+ tokens, the processor's"):
+        tasks.ask_engine(llm, other, requests)
 
 
 def test_a_row_beside_which_the_template_refuses_an_image_is_left_out(processor):
