@@ -132,7 +132,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--task", "toolmind", "--data", data("toolmind", "train")], "task, data, data_and_seed"),
+    (["--task", "gpqa", "--data", data("gpqa", "train")], "task, data, data_and_seed"),
     (["--model", "another/model"], "model"), (["--lr", "0.2"], "lr"),
     (["--random-seed", "1"], "random_seed"), (["--size", "32"], "size, data_and_seed"),
     (["--no-rounding"], "rounding"),

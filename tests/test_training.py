@@ -345,7 +345,7 @@ def test_a_step_draws_the_same_again_and_another_step_does_not(sample):
 
 def load_examples(examples, validation, prompts=1):
     flags = config("unused", "--task", "gsm8k", "--prompts", prompts, "--validation", validation)
-    task = SimpleNamespace(load=lambda split, data: list(examples))
+    task = SimpleNamespace(load=lambda split, data: list(examples), check=lambda processor: None)
     with mock.patch.object(art, "drop_long", lambda processor, examples, *others: examples):
         return art.load_examples(flags, task, None, None)
 
