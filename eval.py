@@ -167,15 +167,7 @@ def read_rows(path: str) -> Iterator[dict]:
     if str(path).lower().endswith(".csv"):
         yield from read_csv(path)
     elif str(path).lower().endswith(".parquet"):
-        table = pyarrow.parquet.read_table(path)
-        kind = pyarrow.struct(table.schema)             # of a row
-        for column in kind:
-            if pyarrow.types.is_nested(column.type) and "timestamp[" in str(column.type):
-                raise ValueError(f"its column {column.name} holds timestamps: how they were written"
-                                 " before is lost; write them as text, or leave the column out")
-        for batch in table.to_batches():
-            rows = [decoded(row, kind) for row in batch.to_pylist(maps_as_pydicts="strict")]
-            yield from read_json(json.dumps(rows, default=json_value))
+        yield from read_parquet(path)
     else:
         yield from read_jsonl(path)
 
@@ -214,6 +206,18 @@ def read_csv(path: str) -> Iterator[dict]:
         except csv.Error as error:
             raise ValueError(f"line {rows.reader.line_num}: {error}; quotes in a CSV field are "
                              "doubled") from error
+
+
+def read_parquet(path: str) -> Iterator[dict]:
+    table = pyarrow.parquet.read_table(path)
+    kind = pyarrow.struct(table.schema)                 # of a row
+    for column in kind:
+        if pyarrow.types.is_nested(column.type) and "timestamp[" in str(column.type):
+            raise ValueError(f"its column {column.name} holds timestamps: how they were written "
+                             "before is lost; write them as text, or leave the column out")
+    for batch in table.to_batches():
+        rows = [decoded(row, kind) for row in batch.to_pylist(maps_as_pydicts="strict")]
+        yield from read_json(json.dumps(rows, default=json_value))
 
 
 def decoded(value, kind):
