@@ -380,6 +380,7 @@ def gsm8k_answer(example: Example | None, text: str) -> Fraction | None:
     """The number that a completion gives as its answer, or None."""
     colon, other = ([(at, plain_line(line)) for at, line in claims(text, mark)]
                     for mark in (COLON, OTHER))
+    # What stands before the last readable "Answer:" is an intermediate result.
     last = next((at for at, line in colon if RUN.search(line)), 0)
     direct = [line for at, line in colon + other if at >= last and starts_with_number(line)]
     marked = [line for _, line in colon + other]
@@ -1065,10 +1066,11 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY) -> list[t
         prompts.append({"prompt": render(processor, example), **images})
     outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
                            use_tqdm=sys.stderr.isatty())
-    expected, found = count_tokens(processor, *requests[0]), len(outputs[0].prompt_token_ids)
-    if found != expected:
-        raise InputError(f"--model: vLLM's prompt has {found} tokens, the processor's {expected}: "
-                         "look for another tokenizer in the model's folder.")
+    for request, output in zip(requests[:1], outputs):  # the others are made in the same way
+        expected, found = count_tokens(processor, *request), len(output.prompt_token_ids)
+        if found != expected:
+            raise InputError(f"--model: vLLM's prompt has {found} tokens, the processor's "
+                             f"{expected}: look for another tokenizer in the model's folder.")
     return [(opened_thought(output.prompt) + sample.text, len(sample.token_ids),
              sample.finish_reason == "length")
             for output in outputs for sample in output.outputs]
