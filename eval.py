@@ -267,7 +267,7 @@ def user_turn(text: str) -> list[dict]:
 # last one counts. tests/test_scorers.py has an answer for each part of the patterns.
 
 VERB = r"""
-    (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,25}?          # "answer to the question is"
+    (?: (?!n[o']t\b) [^\n:=.?!\d] ){0,45}?          # "answer to the question is"
     \b(?:is|be)\b (?!\W*(?:not|neither)\b)          # but "answer is not" is no mark
     """
 CORRECT = re.compile(r"""(?ix)
@@ -276,7 +276,7 @@ CORRECT = re.compile(r"""(?ix)
 COLON = re.compile(r"""(?mx)
     (?<![A-Za-z])(?:Answer|ANSWER)(?:\s\([^()\n]*\))?           # "Answer (in dollars): 18"
     [*_\s]* (?:[:=]|[-\u2014][*\s])                 # "**Answer**: 18", "Answer - 18"
-    | <answer>                                      # "<answer>18</answer>"
+    | <(?i:(?:final_)?answer)>                      # "<answer>18</answer>"
     | ^[#*_ ]{0,9} (?:\w+\ )?(?i:answer) [*_ \r]*$  # "## Final answer", and 18 below it
     """)
 OTHER = re.compile(r"(?imx) (?<![a-z])(?:answer|correct\s(?:option|choice))\b (?:" + VERB + r"""
@@ -329,9 +329,10 @@ def claims(text: str, mark: re.Pattern) -> Iterator[tuple[int, str]]:
 
 # GSM8K --------------------------------------------------------------------------------------------
 # What counts is the first run of digits and signs, right of the line's last "=" and up to a bracket
-# or the sentence's end. It must be one number: "18 + 2", "18-20" and "18^2" are none. A line that
-# begins with one number counts before the others: "Answer: She sells 16 - 7 = 9 eggs", more steps,
-# and "\boxed{18}" below give 18. So does the last line if it concludes: "Therefore she makes 18."
+# or the sentence's end. It must be one number: "18 + 2", "18-20" and "18^2" are none. From the last
+# "Answer:" on, a line that begins with one number counts before the others: "Answer: She sells
+# 16 - 7 = 9 eggs", more steps, and "\boxed{18}" below give 18. So does the text's last line if it
+# concludes: "Therefore she makes 18."
 
 REMARK = re.compile(r"""(?x) ^(\D*\d.*?)           # what stands before a remark
     (?: (?<=\w)\s+\( | [.!?;](?:\s|$)               # "18 (= 9 * 2)", "18. So", "18; that is"
@@ -342,7 +343,9 @@ EQUALS = re.compile(r"(?i)=|\u2248|\u2192|\u21d2|\\(?:approx|to|implies|rightarr
 NEGATIVE = re.compile(r"(?i)\b(?:negative|minus)\s(?=\d)")                  # "minus 7"
 ROUGHLY = re.compile(r"(?i)\b(?:about|around|approximately|roughly)\s(?=\W?\d)")        # "about 18"
 CONCLUSION = re.compile(r"""(?imx) ^[^\w\n]*            # "**Therefore**, she makes 18."
-    (?:so|thus|hence|therefore|finally|in\ total|total)\b (?=[^\n]*\d[^\n]*\Z)
+    (?:so|thus|hence|therefore|consequently|finally|altogether|overall|in\ (?:total|conclusion)
+        |(?:the\ )?(?:final\ )?(?:total|result))\b (?=[^\n]*\d[^\n]*\Z)
+    | ^(?=[^\w\n]*-?[\d.,]+\W*\Z)                  # "**18**"
     """)
 RUN = re.compile(r"""(?ix)
     (?: (?:^\s*-\s* | (?<![\w)])-) (?=\.?\d)        # "- 7", "a loss of -7", but not "5-7"
@@ -417,7 +420,7 @@ def gsm8k_paper_answer(text: str) -> Fraction | None:
 
 BEGINS = re.compile(r"""(?x)
     \W* (?:(?i:clearly|indeed|therefore|thus|definitely|probably|(?:most\ )?likely)\W+)?
-    (?:(?i:(?:answer\ )?(?:option|choice)|letter|statement)\W+)?            # "**B**", "option (B)"
+    (?:(?i:(?:answer\ )?(?:option|choice)|(?:the\ )?letter|statement)\W+)?        # "option (B)"
     ( [A-D]\b (?![-+=^']\w)                         # "B. copper", but not "D-glucose"
     | [a-d](?=\)\s) )                               # "b) copper"
     """)
@@ -429,7 +432,7 @@ BRACKETED = re.compile(r"""(?x)
 ALONE = re.compile(r"""(?ix)
     (?:\W*(?:therefore|thus|hence|so)\b)?          # "Therefore, (B) is correct."
     \W* (?:option\W+)? ([A-D]) \W*                  # "b", "Option B"
-    (?:is\ (?:the\ )?(?:correct|right|best).*)?$    # "B is the best choice."
+    (?:is\ (?:the\ )?(?:correct|right|best|answer).*)?$     # "B is the best choice."
     """)
 GPQA_FIELDS = ("Record ID", "Question", "Correct Answer", *(f"Incorrect Answer {i}" for i in "123"))
 
@@ -686,8 +689,8 @@ class ToolMind(Task):
         call = {"type": "function", "function": {"name": "visit", "arguments": {"city": "Oslo"}}}
         said = [*user_turn("Where?"), {"role": "assistant", "content": "", "tool_calls": [call]}]
         with explained("--model: its chat template writes no tool call", "give another model"):
-            before = render(processor, Example("", said[:1], None, [tool]))
-            text = processor.apply_chat_template(said, tools=[tool])
+            before, text = (processor.apply_chat_template(turns, tools=[tool])
+                            for turns in (said[:1], said))
             turn = text[len(os.path.commonprefix([before, text])):]
             ids = processor.tokenizer.encode(turn, **TEMPLATED)
             written = processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -861,6 +864,8 @@ def count_tokens(processor, example: Example, image=None) -> int:
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 
+# Mistral's, MiniMax's, Muse's and Kimi's; vLLM leaves some of these out of a completion's text.
+OTHER_THOUGHTS = re.compile("\\[THINK\\]|<mm:think>|to=self|\u25c1think\u25b7")
 NOT_SHOWN = ("--model: its chat template does not show {}: give a model whose template does, or "
              "mend its chat_template.jinja.")
 
@@ -899,6 +904,9 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
     left out and counted. Raises InputError if none is left, or if a part is often hidden."""
     tokens = processor.tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in tokens if token.special]                 # "<|image_pad|>"
+    if other := OTHER_THOUGHTS.search(f"{processor.chat_template} {special}"):
+        print(f"--model: it knows thoughts in {other[0]}, but eval.py leaves out only those in "
+              "<think>: an answer within another thought is judged like any", file=sys.stderr)
     kept, prompts, faults, held, hidden = [], [], [], Counter(), Counter()
     for example in tqdm(examples, "rendering prompts", disable=None):
         texts = json.dumps([example.messages, example.tools], ensure_ascii=False)
@@ -1131,13 +1139,16 @@ class Server:
         if text is None or message.tool_calls or (thought and not text.strip()):
             raise InputError("--server: it withholds the text of a completion: start it without "
                              "--tool-call-parser and --reasoning-parser.")
-        # A completion that ends at once has one token and no text. More tokens may be special ones,
-        # which have none, but where many replies are so, the server withholds their text.
-        if text == "" and tokens > 1:
-            return ValueError(f"a reply of {tokens} tokens has no text: --tool-call-parser or "
-                              "--reasoning-parser may withhold it")
-        text = opened_thought(render(processor, request[0])) + text
-        return text, tokens, reason == "length" or tokens >= sampling["max_tokens"]
+        opened = opened_thought(render(processor, request[0]))
+        text = f"<think>{thought}</think>{text}" if thought else opened + text
+        truncated = reason == "length" or tokens >= sampling["max_tokens"]
+        # A reply's text may lack special tokens, and the one that ends it. But where many lack half
+        # of their tokens, or the end of a thought, the server withholds something.
+        shown = len(processor.tokenizer.encode(text, **TEMPLATED))
+        if 2 * shown < tokens - 1 or (opened and not truncated and "</think>" not in text):
+            return ValueError(f"a reply of {tokens} tokens shows {shown}, or no end of its thought:"
+                              " --tool-call-parser or --reasoning-parser may withhold the others")
+        return text, tokens, truncated
 
 
 def openai_request(example: Example, picture: Image.Image | None) -> dict:
@@ -1251,6 +1262,9 @@ def score_arms(args, llm=None):
     """Ask each arm's questions, keep the completions, print the table."""
     task, records = TASKS[args.task], {}
     word = r"none|random|string:[1-9]\d{0,2}"
+    for name in args.arms:
+        if name.startswith("string:") and not re.fullmatch(word, name):
+            raise InputError(f"{name}: give string:N, with N from 1 to 999.")
     arms = {name: name if re.fullmatch(word, name) else open_picture(name) for name in args.arms}
     server = Server(args.server, args.served_model_name or args.model) if args.server else None
     if server and args.max_model_len > server.max_model_len:

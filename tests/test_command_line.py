@@ -74,6 +74,8 @@ WRONG = [
     ("art", ["--prompts", "1000"], r"--prompts 1000: only \d+ examples are left beside --validat"),
     ("art", ["--gpu-memory-utilization", "2"], r"--gpu-memory-utilization 2.0: give .* to 1"),
     ("eval", ["no such.png"], r"no such\.png: it is no readable picture"),
+    ("eval", ["string:1000"], "string:1000: give string:N, with N from 1 to 999"),
+    ("eval", ["string:0"], "string:0: give string:N, with N from 1 to 999"),
     ("eval", ["--temperature", "-1"], r"--temperature -1.0: give a number from 0"),
     ("eval", ["--temperature", "nan"], r"--temperature nan: give a number from 0"),
     ("eval", ["--presence-penalty", "3"], r"--presence-penalty 3.0: give a number from -2 to 2"),

@@ -160,6 +160,9 @@ def test_gsm8ks_reference_solutions_score_one_however_they_end():
     ("Answer:\n{0}\n\nTherefore, the total is {1}.", 40),
     ("**Answer:**\n\n{2}\n\nSo the total is {1}.", 0),
     ("**Answer:**\n\n{2}\n\n\\boxed{{{1}}}", 0), ("Answer: {1} because {3}", 0),
+    *[("**Answer:**\n\n{2}\n\n" + end, 0) for end in (
+        "**{1}**", "= {1}", "Result: {1}", "**Final result:** {1}", "The total is {1}.",
+        "In conclusion, she makes {1}.", "Altogether she makes {1}.")],
     ("Answer: {1}; {3}", 0)])
 def test_gsm8ks_solutions_below_the_mark_do_not_hide_the_answer(form, most_wrong):
     """Models write the whole solution there, with the answer at its end, or explain it behind it.
@@ -229,6 +232,8 @@ def test_gpqa_reads_the_letter_a_person_would(text, letter):
     "The correct answer is copper, which is option {}.", "The correct answer is clearly **{}**",
     "{} is correct", "{} is the best choice.", "Option {} is the best choice", "Option {}", "{}",
     "Answer: {}", "Answer: {} with high confidence", "Answer: {} is correct", "\\boxed{{{}}}",
+    "The correct answer is the letter {}", "So, {} is the answer.", "<Answer>{}</Answer>",
+    "<final_answer>{}</final_answer>", "The correct answer, based on the analysis above, is ({})",
     "**{}** is right", "The answer is {} because copper melts", "The answer is {}. Copper"])
 def test_gpqa_reads_every_letter_alike(text):
     """A too, which is a word as well: otherwise a quarter of the answers is judged more harshly."""

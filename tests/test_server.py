@@ -123,7 +123,7 @@ NO_COMPLETIONS = [{"usage": None}, {"choices": []}, {"choices": None}, {"choices
       for message in ({"content": None}, {"content": "So:", "tool_calls": [CALL]},
                       {"content": "\n\n", "reasoning_content": "Answer: 1"},
                       {"content": "\n\n", "reasoning": "Answer: 1"})],
-    ({"message": {"content": ""}}, r"2 of 2 questions failed \(a reply of 3 tokens has no text"),
+    ({"message": {"content": ""}}, r"2 of 2 questions failed \(a reply of 3 tokens shows 0, or no"),
     *[({"max_model_len": length}, "--max-model-len: the server's is 1024; give that")
       for length in (1024, "1024")],
     ({"max_model_len": "much"}, "it lists no model .*much"),
@@ -149,21 +149,56 @@ def test_a_completion_that_ends_at_once_is_a_wrong_answer_like_others(stand, tmp
 def test_a_thought_that_the_prompt_opens_is_no_answer(stand, tmp_path):
     """Where the model's chat template ends in "<think>", and the reply is cut off within it."""
     kind, url = stand
-    folder = shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
-    with open(folder / "chat_template.jinja", "a") as template:
-        template.write("<think>")
-    kind.folder = kind.model = str(folder)
-    eval_main(*stand_flags(url, "--out", tmp_path / "out"))
+    kind.folder = kind.model = thinker(tmp_path)
+    flags = stand_flags(url, "--out", tmp_path / "out", "--max-new-tokens", 3)
+    eval_main(*flags)
     results = kept(tmp_path / "out")["none"]["results"]
     assert {result["text"] for result in results} == {"<think>Answer: 1"}
     assert not any(result["readable"] for result in results)
+
+
+def thinker(tmp_path):
+    """A folder of the tiny model without weights, whose chat template opens a thought."""
+    folder = shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    with open(folder / "chat_template.jinja", "a") as template:
+        template.write("<think>")
+    return str(folder)
+
+
+@pytest.mark.parametrize("opened", [True, False])
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_a_thought_that_stands_in_a_field_of_its_own_is_before_the_text(
+        stand, tmp_path, field, opened):
+    """As with vLLM's --reasoning-parser: the text alone would be the beginning of a thought."""
+    kind, url = stand
+    kind.folder = kind.model = thinker(tmp_path) if opened else str(TINY)
+    kind.message = {"content": "\n\nAnswer: 1", field: "Is it 3?"}
+    eval_main(*stand_flags(url, "--out", tmp_path / "out"))
+    for result in kept(tmp_path / "out")["none"]["results"]:
+        assert result["text"] == "<think>Is it 3?</think>\n\nAnswer: 1" and result["readable"]
+
+
+def test_a_server_that_drops_the_end_of_a_thought_is_refused(stand, tmp_path, refused_here):
+    """As vLLM 0.32 with a parser for reasoning and another for tools."""
+    kind, url = stand
+    kind.folder = kind.model = thinker(tmp_path)
+    kind.message = {"content": "Is it 3?\n\nAnswer: 1"}
+    assert "or no end of its thought: --tool-call-parser or" in refused_here(
+        "eval", *stand_flags(url))
+
+
+def test_a_server_that_drops_a_call_behind_words_is_refused(stand, refused_here):
+    kind, url = stand
+    kind.message, kind.tokens = {"content": "I look it up.\n\n"}, 60
+    assert re.search("a reply of 60 tokens shows [0-9]+, or no", refused_here(
+        "eval", *stand_flags(url)))
 
 
 @pytest.mark.parametrize("tokens, truncated", [(47, False), (48, True)])
 def test_a_completion_of_all_its_tokens_is_truncated(stand, tmp_path, tokens, truncated):
     """Some servers say "stop" of it."""
     kind, url = stand
-    kind.tokens = tokens
+    kind.tokens, kind.message = tokens, {"content": "1 + 1 = 2. " * 6}
     eval_main(*stand_flags(url, "--out", tmp_path / "out", "--max-new-tokens", 48))
     results = kept(tmp_path / "out")["none"]["results"]
     assert [result["truncated"] for result in results] == [truncated] * 2

@@ -141,7 +141,7 @@ def special_calls(processor):
 OTHER_CALLS = {
     "<tool_call>\\ncall:visit": lambda processor: with_template(
         processor, lambda text: text.replace("<function=' + call", "call:' + call")),
-    "', but": lambda processor: with_template(
+    "'assistant', but": lambda processor: with_template(
         processor, lambda text: text.replace("m.tool_calls or []", "[]")),
     "<function=visit>": special_calls}
 
@@ -159,7 +159,7 @@ def test_a_model_whose_calls_could_not_be_read_is_refused(processor, written):
     """Each completion would score 0."""
     with pytest.raises(InputError) as error:
         TASKS["toolmind"].check(OTHER_CALLS[written](processor))
-    assert f"it writes a call as '{written}" in str(error.value)
+    assert "it writes a call as '" in str(error.value) and written in str(error.value)
 
 
 NO_TOOLS = "{%- set tools = none %}"
@@ -274,6 +274,11 @@ def test_a_thought_that_the_prompt_opens_is_no_answer(processor, llm, questions)
         assert [completion.reward for completion in group] == told
 
 
+def test_no_questions_have_no_replies(llm, processor):
+    """As of a rank, where there are fewer questions than ranks."""
+    assert tasks.ask_engine(llm, processor, []) == []
+
+
 def test_an_engine_with_another_tokenizer_is_refused(llm):
     """For example Mistral's own, which vLLM prefers to that of transformers."""
     other = tasks.load_processor(str(TINY))
@@ -281,6 +286,17 @@ def test_an_engine_with_another_tokenizer_is_refused(llm):
     requests = tasks.arm_requests(other, [Example("", tasks.user_turn("What is it?"), None)], None)
     with pytest.raises(InputError, match="vLLM's prompt has [0-9]+ tokens, the processor's"):
         tasks.ask_engine(llm, other, requests)
+
+
+@pytest.mark.parametrize("mark", ["[THINK]", "<mm:think>", "to=self", "\u25c1think\u25b7"])
+def test_thoughts_in_another_form_are_said(processor, questions, mark, capsys):
+    """They would be read as answers."""
+    other = with_template(processor, lambda text: text + "{# " + mark + " #}")
+    assert tasks.sound_prompts(other, questions[:2])[0] == questions[:2]
+    said = f"--model: it knows thoughts in {mark}, but eval.py leaves out only those in <think>"
+    assert said in capsys.readouterr().err
+    tasks.sound_prompts(processor, questions[:2])
+    assert "thoughts" not in capsys.readouterr().err
 
 
 def test_a_row_beside_which_the_template_refuses_an_image_is_left_out(processor):
