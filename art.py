@@ -77,7 +77,7 @@ class Config:
     updates: int = flag(1, "updates on each batch of rollouts; the clip works from the second on")
     oversampling: int = flag(3, "prompts that a sampling round takes for each one still wanted")
     rounds: int = flag(4, "the most sampling rounds of a step")
-    weight_cap: float = flag(2.0, "the most of a token's weight, pi_old / pi_vllm; 0: no weights")
+    weight_cap: float = flag(2.0, "most that a token's weight pi_old / pi_vllm may be; 0: it is 1")
     max_new_tokens: int = flag(512, "the most tokens of a completion")
     max_model_len: int = flag(4096, "most tokens of a prompt and its completion together")
     max_num_seqs: int = flag(256, "the number of sequences that vLLM runs at once")
@@ -583,7 +583,7 @@ def judge_groups(task: Task, examples: list[Example], groups: list[list[Completi
     """Give each Completion of P groups, of P examples, its answer, score and reward. Each is judged
     once, and all are judged together."""
     pairs = [(example, c) for example, group in zip(examples, groups) for c in group]
-    texts = [opened_thought(c.prompt) + c.text for _, c in pairs]
+    texts = [opened_thought(c.prompt) + c.text for _, c in pairs]       # "<think>" or ""
     judged = task.judge([example for example, _ in pairs], texts)
     for (_, c), (answer, score) in zip(pairs, judged):
         c.answer, c.score = answer, score
