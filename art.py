@@ -18,6 +18,7 @@ The tasks, their scores and what loads processor and engine are in eval.py.
 Not here: a KL term (beta = 0 in the paper), DAPO's overlong punishment, a value function.
 """
 
+import fcntl
 import io
 import json
 import math
@@ -679,6 +680,7 @@ def load_examples(config: Config, task: Task, processor, image) -> tuple[list, l
     if len(training) < config.prompts:
         raise InputError(f"--prompts {config.prompts}: only {len(training)} examples are left "
                          f"beside --validation {config.validation}; lower one, or give more data.")
+    print(f"{len(training)} examples to train on, {len(validation)} for validation")
     return training, validation
 
 
@@ -704,10 +706,13 @@ def load_state(config: Config, training: list[Example], validation: list[Example
     state = {"settings": settings, "history": [], "files": {}}
     with explained(f"--out {folder}: it holds no run", "give another folder"):
         folder.mkdir(parents=True, exist_ok=True)
+        is_ours = RANK > 0 or lock(folder)
         held = [name for name in os.listdir(folder) if not name.endswith(".tmp")]
         if path.exists():
             state = torch.load(path, "cpu", weights_only=True)
         others = [name for name in settings if state["settings"].get(name) != settings[name]]
+    if not is_ours:
+        raise InputError(f"--out {folder}: another process trains into it: give another folder.")
     if held and not (config.resume and path.exists()):
         raise InputError(f"--out {folder}: it is not empty; give another, or --resume if it holds "
                          "a run.")
@@ -724,6 +729,24 @@ def load_state(config: Config, training: list[Example], validation: list[Example
             for name, content in {**state["files"], "metrics.jsonl": lines.encode()}.items():
                 save(content, folder / name)
     return state
+
+
+LOCKS = {}                                              # {folder: its open file descriptor}
+
+
+def lock(folder: Path) -> bool:
+    """Lock a folder for as long as this process lives; False if another process holds it."""
+    folder = folder.resolve()
+    if folder not in LOCKS:
+        LOCKS[folder] = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(LOCKS.pop(folder))
+            return False
+        except OSError:                                 # of a file system without locks
+            pass
+    return True
 
 
 def add_pictures(state: dict, image: Image.Image | None, seed_image: Image.Image | None):

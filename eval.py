@@ -864,8 +864,10 @@ def count_tokens(processor, example: Example, image=None) -> int:
     return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
 
 
-# Mistral's, MiniMax's, Muse's and Kimi's; vLLM leaves some of these out of a completion's text.
-OTHER_THOUGHTS = re.compile("\\[THINK\\]|<mm:think>|to=self|\u25c1think\u25b7")
+OTHER_THOUGHTS = re.compile(r"""(?ix)
+    <(?!/?think>)[^<>\s]*think[^<>\s]*>             # "<mm:think>", "<|START_THINKING|>"
+    | \[THINK\] | \u25c1think\u25b7 | to=self         # Mistral's, Kimi's, Muse's
+    """)
 NOT_SHOWN = ("--model: its chat template does not show {}: give a model whose template does, or "
              "mend its chat_template.jinja.")
 
@@ -904,9 +906,11 @@ def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], li
     left out and counted. Raises InputError if none is left, or if a part is often hidden."""
     tokens = processor.tokenizer.added_tokens_decoder.values()
     special = [str(token) for token in tokens if token.special]                 # "<|image_pad|>"
-    if other := OTHER_THOUGHTS.search(f"{processor.chat_template} {special}"):
-        print(f"--model: it knows thoughts in {other[0]}, but eval.py leaves out only those in "
-              "<think>: an answer within another thought is judged like any", file=sys.stderr)
+    other = OTHER_THOUGHTS.search(f"{processor.chat_template} {special}")
+    if other or "</think>" in special:
+        tag = other[0] if other else "</think> as a special token, without which vLLM gives a text"
+        print(f"--model: it knows thoughts in {tag}. eval.py leaves out thoughts in <think> only, "
+              "as plain text: an answer within another one is judged like any", file=sys.stderr)
     kept, prompts, faults, held, hidden = [], [], [], Counter(), Counter()
     for example in tqdm(examples, "rendering prompts", disable=None):
         texts = json.dumps([example.messages, example.tools], ensure_ascii=False)

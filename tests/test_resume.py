@@ -174,6 +174,23 @@ def test_a_new_run_in_a_folder_that_is_not_empty_is_refused(finished, tmp_path, 
     assert sentence.startswith(f"--out {tmp_path}: it is not empty; ") and "--resume" in sentence
 
 
+LOCKING = "import art, sys; print(art.lock(art.Path(sys.argv[1])), flush=True); input()"
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_folder_into_which_another_process_trains_is_refused(tmp_path, flags):
+    """As from a loop over random seeds without --out, also before the other one has written a file;
+    but not once that process has ended, in whatever way."""
+    with subprocess.Popen([sys.executable, "-c", LOCKING, tmp_path], cwd=ROOT, env=ENV, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "True\n"
+        assert refused(tmp_path, *flags) == (
+            f"--out {tmp_path}: another process trains into it: give another folder.")
+        other.kill()
+    train(tmp_path, *flags, steps=1)
+    train(tmp_path, "--resume", steps=2)                    # this process holds it already
+
+
 @pytest.mark.parametrize("broken", [b"", b"{}", pickle.dumps(Path), 1000, -100])
 def test_a_broken_state_is_refused(finished, tmp_path, broken):
     """Another file, or a part of its own; nothing in it is run."""

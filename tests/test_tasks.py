@@ -288,14 +288,26 @@ def test_an_engine_with_another_tokenizer_is_refused(llm):
         tasks.ask_engine(llm, other, requests)
 
 
-@pytest.mark.parametrize("mark", ["[THINK]", "<mm:think>", "to=self", "\u25c1think\u25b7"])
+@pytest.mark.parametrize("mark", ["[THINK]", "<mm:think>", "<|START_THINKING|>", "to=self",
+                                  "\u25c1think\u25b7"])
 def test_thoughts_in_another_form_are_said(processor, questions, mark, capsys):
     """They would be read as answers."""
     other = with_template(processor, lambda text: text + "{# " + mark + " #}")
     assert tasks.sound_prompts(other, questions[:2])[0] == questions[:2]
-    said = f"--model: it knows thoughts in {mark}, but eval.py leaves out only those in <think>"
-    assert said in capsys.readouterr().err
-    tasks.sound_prompts(processor, questions[:2])
+    assert f"--model: it knows thoughts in {mark}. eval.py leaves" in capsys.readouterr().err
+
+
+def test_thoughts_that_the_tokenizer_leaves_out_are_said(questions, capsys):
+    """As those of GLM-4.1V-Thinking, whose tags are special tokens."""
+    other = tasks.load_processor(str(TINY))
+    other.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    assert tasks.sound_prompts(other, questions[:2])[0] == questions[:2]
+    assert "thoughts in </think> as a special token" in capsys.readouterr().err
+
+
+def test_thoughts_in_think_are_not_worth_a_word(processor, questions, capsys):
+    thinking = with_template(processor, lambda text: text + "{# <think></think> thinking #}")
+    tasks.sound_prompts(thinking, questions[:2])
     assert "thoughts" not in capsys.readouterr().err
 
 
