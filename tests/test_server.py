@@ -74,7 +74,7 @@ def stand(monkeypatch):
     kind = type("Kind", (Stand,), {"paths": [], "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
     yield kind, f"http://localhost:{server.server_port}"
     server.shutdown()
 
