@@ -114,7 +114,8 @@ class Task:
         if self.divide and Path(path).name in re.split("[ /]", name):
             rows, limit = self.divide(path, split), min(limit or MOST[split], MOST[split])
         elif self.divide:
-            whole = f"; it is used whole, since its name is not {Path(name).name.split()[-1]}"
+            whole = (f"; it is used whole, since its name is not {Path(name).name.split()[-1]}: "
+                     "it may hold rows of the other split")
         examples, errors = [], []
         remedy = "mend it, or give a .jsonl, .csv or .parquet file"
         with explained(f"--data {path}: it cannot be read", remedy), closing(rows):
@@ -835,7 +836,37 @@ def load_processor(model: str):
         raise InputError(f"--model {model} takes no image ({type(config).__name__}): give a "
                          "multimodal model, such as Qwen/Qwen3.5-0.8B.")
     with explained(cannot, remedy):
-        return AutoProcessor.from_pretrained(model)
+        processor = AutoProcessor.from_pretrained(model)
+    if end := endless_turn(processor, model, config):
+        print(f"--model {model}: its chat template ends a turn with {end}, but no completion ends "
+              "there: what follows is judged, too. Add it to eos_token_id in "
+              "generation_config.json", file=sys.stderr)
+    return processor
+
+
+def special_tokens(processor) -> dict[int, str]:
+    """{id: "<|image_pad|>"} of the tokens that vLLM leaves out of a text."""
+    tokens = processor.tokenizer.added_tokens_decoder
+    return {number: str(token) for number, token in tokens.items() if token.special}
+
+
+def endless_turn(processor, model: str, config) -> str | None:
+    """The token with which the chat template ends an assistant's turn, if vLLM does not end a
+    completion there, as in some base models."""
+    from transformers import GenerationConfig
+    try:
+        generation = GenerationConfig.from_pretrained(model)
+    except OSError:                                     # the file may be missing
+        generation = GenerationConfig.from_model_config(config)
+    ends = {processor.tokenizer.eos_token_id, *np.atleast_1d(generation.eos_token_id)}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Therefore"}]}
+    after = []
+    with suppress(Exception):                           # of a template that refuses such turns
+        text = processor.apply_chat_template([*user_turn("Why?"), answer])
+        after = processor.tokenizer.encode(text.rpartition("Therefore")[2], **TEMPLATED)
+    special = special_tokens(processor)
+    after = [number for number in after if number in special]
+    return None if ends.intersection(after) or not after else special[after[0]]
 
 
 def prepend(part: dict, example: Example) -> Example:
@@ -859,9 +890,9 @@ def model_inputs(processor, text: str, image=None):
     return processor(text=[text], images=images, return_tensors="pt", **TEMPLATED)
 
 
-def count_tokens(processor, example: Example, image=None) -> int:
-    """Tokens of an example's prompt, the image's included."""
-    return model_inputs(processor, render(processor, example), image)["input_ids"].shape[1]
+def prompt_ids(processor, example: Example, image=None) -> list[int]:
+    """The token ids of an example's prompt, the image's included."""
+    return model_inputs(processor, render(processor, example), image)["input_ids"][0].tolist()
 
 
 OTHER_THOUGHTS = re.compile(r"""(?ix)
@@ -884,7 +915,7 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
     for name, arm in arms.items():
         (example, picture), = arm_requests(processor, examples[:1], arm, size=size)
         with explained(f"{name}: the model's processor refuses it", "give another picture"):
-            count = count_tokens(processor, example, picture)
+            count = len(prompt_ids(processor, example, picture))
         if picture is not None and count == counts[0]:
             raise InputError(NOT_SHOWN.format("the image"))
         if not all(parts_shown(example, render(processor, example)).values()):
@@ -904,8 +935,7 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
 def sound_prompts(processor, examples: list[Example]) -> tuple[list[Example], list[str]]:
     """The examples that the model's chat template shows whole, and their prompts; the others are
     left out and counted. Raises InputError if none is left, or if a part is often hidden."""
-    tokens = processor.tokenizer.added_tokens_decoder.values()
-    special = [str(token) for token in tokens if token.special]                 # "<|image_pad|>"
+    special = [*special_tokens(processor).values()]
     other = OTHER_THOUGHTS.search(f"{processor.chat_template} {special}")
     if other or "</think>" in special:
         tag = other[0] if other else "</think> as a special token, without which vLLM gives a text"
@@ -1079,10 +1109,9 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY) -> list[t
     outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
                            use_tqdm=sys.stderr.isatty())
     for request, output in zip(requests[:1], outputs):  # the others are made in the same way
-        expected, found = count_tokens(processor, *request), len(output.prompt_token_ids)
-        if found != expected:
-            raise InputError(f"--model: vLLM's prompt has {found} tokens, the processor's "
-                             f"{expected}: look for another tokenizer in the model's folder.")
+        if prompt_ids(processor, *request) != list(output.prompt_token_ids):
+            raise InputError("--model: vLLM's prompt has other tokens than the processor's: look "
+                             "for another tokenizer in the model's folder.")
     return [(opened_thought(output.prompt) + sample.text, len(sample.token_ids),
              sample.finish_reason == "length")
             for output in outputs for sample in output.outputs]
@@ -1090,6 +1119,7 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY) -> list[t
 
 class Server:
     """The model `name`, or the first one, of an OpenAI-compatible server such as vLLM's."""
+    shows_prompts = True                                # whether its replies hold the prompt's ids
 
     def __init__(self, url: str, name: str | None = None):
         import openai
@@ -1115,6 +1145,9 @@ class Server:
             if len(errors) > len(requests) / 10:
                 raise InputError(f"--server: {said}: look into its log.")
             print(said, file=sys.stderr)
+        if not self.shows_prompts:
+            print("the server does not show its prompts' tokens: only their number was compared, "
+                  "not whether the picture stands first", file=sys.stderr)
         return [(None, 0, False) if isinstance(reply, Exception) else reply for reply in replies]
 
     def ask_one(self, processor, sampling: dict, request: tuple) -> tuple | Exception:
@@ -1134,22 +1167,29 @@ class Server:
         if reply.model and reply.model != self.name:
             raise InputError(f"--server: asked for {self.name}, {reply.model} answered: look for a "
                              "router's fallback, or give --served-model-name what answers.")
-        expected = count_tokens(processor, *request)
-        if prompt_tokens != expected:
-            raise InputError(f"--server: its prompt has {prompt_tokens} tokens, not {expected}: "
-                             "look for another model, --chat-template, --mm-processor-kwargs or "
+        expected = prompt_ids(processor, *request)
+        found = getattr(reply, "prompt_token_ids", None)        # of a vLLM server
+        self.shows_prompts = found is not None
+        if prompt_tokens != len(expected) or found not in (None, expected):
+            raise InputError(f"--server: its prompt, of {prompt_tokens} tokens, is not that of the "
+                             f"chat template, of {len(expected)}: look for another model, "
+                             "--chat-template, --mm-processor-kwargs or "
                              "--exclude-tools-when-tool-choice-none there.")
         thought = getattr(message, "reasoning", "") or getattr(message, "reasoning_content", "")
         if text is None or message.tool_calls or (thought and not text.strip()):
             raise InputError("--server: it withholds the text of a completion: start it without "
                              "--tool-call-parser and --reasoning-parser.")
+        if reason == "length" and tokens < sampling["max_tokens"]:
+            return ValueError(f"the server cut a reply off after {tokens} of "
+                              f"{sampling['max_tokens']} tokens: raise its own limits")
         opened = opened_thought(render(processor, request[0]))
         text = f"<think>{thought}</think>{text}" if thought else opened + text
-        truncated = reason == "length" or tokens >= sampling["max_tokens"]
+        truncated = tokens >= sampling["max_tokens"]
         # A reply's text may lack special tokens, and the one that ends it. But where many lack half
         # of their tokens, or the end of a thought, the server withholds something.
         shown = len(processor.tokenizer.encode(text, **TEMPLATED))
-        if 2 * shown < tokens - 1 or (opened and not truncated and "</think>" not in text):
+        is_open = "<think>" in text and "</think>" not in text
+        if 2 * shown < tokens - 1 or (is_open and not truncated):
             return ValueError(f"a reply of {tokens} tokens shows {shown}, or no end of its thought:"
                               " --tool-call-parser or --reasoning-parser may withhold the others")
         return text, tokens, truncated
@@ -1169,7 +1209,7 @@ def openai_request(example: Example, picture: Image.Image | None) -> dict:
     # Calls are read from the text, as in process: the server must not parse them.
     tools = {"tools": example.tools, "tool_choice": "none"} if example.tools else {}
     # A server takes what a request leaves out from the model's own generation_config.
-    plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+    plain = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True,
              "chat_template_kwargs": {"enable_thinking": False}}
     return {"messages": messages, "top_p": 1.0, "extra_body": plain, **tools}
 

@@ -42,9 +42,9 @@ class Stand(BaseHTTPRequestHandler):
         text = request["messages"][0]["content"][-1]["text"]
         self.status = 400 if text.startswith(tuple(self.failing)) else self.status
         prompt = tasks.Example("", tasks.user_turn(text), None)
-        prompt_tokens = tasks.count_tokens(tasks.load_processor(self.folder), prompt)
+        ids = tasks.prompt_ids(tasks.load_processor(self.folder), prompt)
         message, model = {"role": "assistant", **self.message}, next(self.models_in_turn)
-        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": self.tokens}
+        usage = {"prompt_tokens": len(ids), "completion_tokens": self.tokens}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": model or self.model,
                  "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
                  "usage": {**usage, "total_tokens": 9}}
@@ -116,7 +116,10 @@ NO_COMPLETIONS = [{"usage": None}, {"choices": []}, {"choices": None}, {"choices
     *[({"models": models}, r"--server URL: it lists no model \(") for models in NO_LISTS],
     *[({"change": reply}, r"2 of 2 questions failed \(") for reply in NO_COMPLETIONS],
     ({"status": 401}, "--server URL: it lists no model .*401.* set OPENAI_API_KEY"),
-    ({"change": counted(3)}, "its prompt has 9 tokens.*--mm-processor-kwargs or --exclude-tool"),
+    ({"change": counted(3)}, "its prompt, of 9 tokens, is not .*--mm-processor-kwargs or --excl"),
+    ({"change": {"prompt_token_ids": [1]}}, "its prompt, of [0-9]+ tokens, is not .* of [0-9]+: "),
+    ({"change": {"choices": [{"index": 0, "finish_reason": "length", "message": {
+        "role": "assistant", "content": "Let me"}}]}}, "a reply off after 3 of 512 tokens: raise"),
     ({"change": counted(None)}, r"2 of 2 questions failed \(.*str, None tokens"),
     ({"change": {"model": "other"}}, f"asked for {TINY}, other answered: .* --served-model-name"),
     *[({"message": message}, "it withholds the text of a completion: start it without --tool-call")
@@ -178,11 +181,19 @@ def test_a_thought_that_stands_in_a_field_of_its_own_is_before_the_text(
         assert result["text"] == "<think>Is it 3?</think>\n\nAnswer: 1" and result["readable"]
 
 
-def test_a_server_that_drops_the_end_of_a_thought_is_refused(stand, tmp_path, refused_here):
+def test_a_server_that_shows_no_prompt_is_said(stand, capsys):
+    """Some put the picture behind the text, which their number of tokens does not tell."""
+    eval_main(*stand_flags(stand[1]))
+    assert capsys.readouterr().err.count("the server does not show its prompts' tokens") == 1
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_server_that_drops_the_end_of_a_thought_is_refused(
+        stand, tmp_path, refused_here, opened):
     """As vLLM 0.32 with a parser for reasoning and another for tools."""
     kind, url = stand
-    kind.folder = kind.model = thinker(tmp_path)
-    kind.message = {"content": "Is it 3?\n\nAnswer: 1"}
+    kind.folder = kind.model = thinker(tmp_path) if opened else str(TINY)
+    kind.message = {"content": "<think>" * (not opened) + "Is it 3?\n\nAnswer: 1"}
     assert "or no end of its thought: --tool-call-parser or" in refused_here(
         "eval", *stand_flags(url))
 
@@ -284,9 +295,10 @@ def served(starting):
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "toolmind"])
-def test_the_server_gives_the_same_greedy_completions(served, printing, tmp_path, llm, task):
+def test_the_server_gives_the_same_greedy_completions(
+        served, printing, tmp_path, llm, task, capsys):
     """The PNG as an ordinary request, with tools, several turns, or none: what it is worth in
-    process it is worth there. The prompt has the same tokens, or it would be refused."""
+    process it is worth there. vLLM shows its prompt's tokens: others would be refused."""
     flags = [*ARMS, *eval_flags(task, "", 16)[:-1]]
     model = ["--model", printing, "--max-model-len", 1024]
     example, = TASKS[task].load("test", data(task, "test"), 1)
@@ -295,6 +307,7 @@ def test_the_server_gives_the_same_greedy_completions(served, printing, tmp_path
     eval_main(*flags, tmp_path / "ours", *model, "--max-new-tokens", 48, llm=llm)
     eval_main(*flags, tmp_path / "theirs", *model, "--server", served,
               "--served-model-name", "art")
+    assert "does not show its prompts' tokens" not in capsys.readouterr().err
     ours, theirs = kept(tmp_path / "ours"), kept(tmp_path / "theirs")
     pairs = [(a, b) for arm in ARMS for a, b in
              zip(ours[arm]["results"], theirs[arm]["results"], strict=True)]

@@ -274,6 +274,27 @@ def test_a_thought_that_the_prompt_opens_is_no_answer(processor, llm, questions)
         assert [completion.reward for completion in group] == told
 
 
+def test_a_turn_that_ends_where_no_completion_does_is_said(tmp_path, capsys):
+    """As in base models with a chat template: they would go on with a turn of the user."""
+    folder = shutil.copytree(TINY, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    for name, end in ("tokenizer_config.json", "<|endoftext|>"), ("generation_config.json", 0):
+        settings = json.loads((folder / name).read_text())
+        settings["eos_token" if name.startswith("tok") else "eos_token_id"] = end
+        (folder / name).write_text(json.dumps(settings))
+    tasks.load_processor(str(folder))
+    assert "ends a turn with <|im_end|>, but no completion ends there" in capsys.readouterr().err
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    tasks.load_processor(str(folder))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_every_familys_completions_end_with_its_turns(name, tmp_path, capsys):
+    families.make_processor(name, tmp_path)
+    tasks.load_processor(str(tmp_path))
+    assert "ends a turn" not in capsys.readouterr().err
+
+
 def test_no_questions_have_no_replies(llm, processor):
     """As of a rank, where there are fewer questions than ranks."""
     assert tasks.ask_engine(llm, processor, []) == []
@@ -284,7 +305,7 @@ def test_an_engine_with_another_tokenizer_is_refused(llm):
     other = tasks.load_processor(str(TINY))
     other.tokenizer.add_tokens(["What is"])
     requests = tasks.arm_requests(other, [Example("", tasks.user_turn("What is it?"), None)], None)
-    with pytest.raises(InputError, match="vLLM's prompt has [0-9]+ tokens, the processor's"):
+    with pytest.raises(InputError, match="vLLM's prompt has other tokens than the processor's"):
         tasks.ask_engine(llm, other, requests)
 
 
@@ -434,7 +455,7 @@ def test_tokens_counted_in_a_batch_are_the_processors_own(name, tmp_path, questi
     side = name != "tiny" and families.FAMILIES[name][-1] or 256
     picture = tasks.random_picture(side, side, 0)
     requests = tasks.arm_requests(processor, questions[:20], picture)
-    own = [tasks.count_tokens(processor, *request) + 2 for request in requests]
+    own = [len(tasks.prompt_ids(processor, *request)) + 2 for request in requests]
     for most in {*own}:
         kept = tasks.drop_long(processor, questions[:20], most, {"--seed": picture})
         assert kept == [e for e, count in zip(questions, own) if count <= most]
@@ -443,7 +464,7 @@ def test_tokens_counted_in_a_batch_are_the_processors_own(name, tmp_path, questi
 def test_too_long_prompts_are_left_out_to_the_token(processor, questions, capsys):
     picture = tasks.random_picture(256, 256)
     requests = tasks.arm_requests(processor, questions[:20], picture)
-    longest = max(tasks.count_tokens(processor, *request) for request in requests)
+    longest = max(len(tasks.prompt_ids(processor, *request)) for request in requests)
     arms = {"none": "none", "a.png": picture}
     kept = [tasks.drop_long(processor, questions[:20], most, arms)
             for most in (longest + 2, longest - 1)]
@@ -456,7 +477,7 @@ def test_too_long_prompts_are_left_out_to_the_token(processor, questions, capsys
 def test_the_largest_random_picture_has_room(processor, questions):
     """Where `random --size N` is the longest arm."""
     picture = tasks.random_picture(384, 384, 0)
-    more = [tasks.count_tokens(processor, *tasks.arm_requests(processor, [e], picture)[0]) + 2
+    more = [len(tasks.prompt_ids(processor, *tasks.arm_requests(processor, [e], picture)[0])) + 2
             for e in questions[:20]]
     most = sorted(more)[10]
     arms = {"none": "none", "random": "random"}
