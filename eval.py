@@ -890,7 +890,7 @@ def model_inputs(processor, text: str, image=None):
     return processor(text=[text], images=images, return_tensors="pt", **TEMPLATED)
 
 
-def prompt_ids(processor, example: Example, image=None) -> list[int]:
+def tokenized(processor, example: Example, image=None) -> list[int]:
     """The token ids of an example's prompt, the image's included."""
     return model_inputs(processor, render(processor, example), image)["input_ids"][0].tolist()
 
@@ -915,7 +915,7 @@ def drop_long(processor, examples: list, max_tokens: int, arms: dict, size=256) 
     for name, arm in arms.items():
         (example, picture), = arm_requests(processor, examples[:1], arm, size=size)
         with explained(f"{name}: the model's processor refuses it", "give another picture"):
-            count = len(prompt_ids(processor, example, picture))
+            count = len(tokenized(processor, example, picture))
         if picture is not None and count == counts[0]:
             raise InputError(NOT_SHOWN.format("the image"))
         if not all(parts_shown(example, render(processor, example)).values()):
@@ -1109,7 +1109,7 @@ def ask_engine(llm, processor, requests: list[tuple], sampling=GREEDY) -> list[t
     outputs = llm.generate(prompts, SamplingParams(**sampling), tokenization_kwargs=TEMPLATED,
                            use_tqdm=sys.stderr.isatty())
     for request, output in zip(requests[:1], outputs):  # the others are made in the same way
-        if prompt_ids(processor, *request) != list(output.prompt_token_ids):
+        if tokenized(processor, *request) != list(output.prompt_token_ids):
             raise InputError("--model: vLLM's prompt has other tokens than the processor's: look "
                              "for another tokenizer in the model's folder.")
     return [(opened_thought(output.prompt) + sample.text, len(sample.token_ids),
@@ -1147,7 +1147,8 @@ class Server:
             print(said, file=sys.stderr)
         if not self.shows_prompts:
             print("the server does not show its prompts' tokens: only their number was compared, "
-                  "not whether the picture stands first", file=sys.stderr)
+                  "not whether the picture stands first. If it is not vLLM, its presence penalty "
+                  "may be another, too (llama.cpp's counts the prompt)", file=sys.stderr)
         return [(None, 0, False) if isinstance(reply, Exception) else reply for reply in replies]
 
     def ask_one(self, processor, sampling: dict, request: tuple) -> tuple | Exception:
@@ -1167,7 +1168,7 @@ class Server:
         if reply.model and reply.model != self.name:
             raise InputError(f"--server: asked for {self.name}, {reply.model} answered: look for a "
                              "router's fallback, or give --served-model-name what answers.")
-        expected = prompt_ids(processor, *request)
+        expected = tokenized(processor, *request)
         found = getattr(reply, "prompt_token_ids", None)        # of a vLLM server
         self.shows_prompts = found is not None
         if prompt_tokens != len(expected) or found not in (None, expected):

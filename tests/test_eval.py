@@ -104,7 +104,7 @@ def test_string_is_so_many_random_tokens_before_the_question(processor):
     examples = TASKS["gsm8k"].load("test", data("gsm8k", "test"), 8)
     requests = [tasks.arm_requests(processor, examples, arm)
                 for arm in ("none", "string:64", "string:64")]
-    counts = [[len(tasks.prompt_ids(processor, *request)) for request in arm] for arm in requests]
+    counts = [[len(tasks.tokenized(processor, *request)) for request in arm] for arm in requests]
     newlines = len(processor.tokenizer("\n\n")["input_ids"])
     assert all(64 <= longer - plain <= 64 + newlines for plain, longer, _ in zip(*counts))
     assert requests[1] == requests[2]

@@ -171,3 +171,10 @@ def test_a_model_that_caps_its_logits_is_refused(cap, dtype):
         return
     with pytest.raises(tasks.InputError, match="it scales or caps its logits"):
         art.check_model(gemma, "cpu")
+
+
+def test_a_model_whose_logits_vllm_alone_scales_is_refused(model, monkeypatch):
+    """As Granite Vision: transformers' LLaVA does not divide the text model's logits."""
+    monkeypatch.setattr(model.config.get_text_config(), "logits_scaling", 8.0, raising=False)
+    with pytest.raises(tasks.InputError, match="it scales or caps its logits"):
+        art.check_model(model, "cpu")

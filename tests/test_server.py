@@ -42,7 +42,7 @@ class Stand(BaseHTTPRequestHandler):
         text = request["messages"][0]["content"][-1]["text"]
         self.status = 400 if text.startswith(tuple(self.failing)) else self.status
         prompt = tasks.Example("", tasks.user_turn(text), None)
-        ids = tasks.prompt_ids(tasks.load_processor(self.folder), prompt)
+        ids = tasks.tokenized(tasks.load_processor(self.folder), prompt)
         message, model = {"role": "assistant", **self.message}, next(self.models_in_turn)
         usage = {"prompt_tokens": len(ids), "completion_tokens": self.tokens}
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": model or self.model,

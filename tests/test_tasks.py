@@ -455,7 +455,7 @@ def test_tokens_counted_in_a_batch_are_the_processors_own(name, tmp_path, questi
     side = name != "tiny" and families.FAMILIES[name][-1] or 256
     picture = tasks.random_picture(side, side, 0)
     requests = tasks.arm_requests(processor, questions[:20], picture)
-    own = [len(tasks.prompt_ids(processor, *request)) + 2 for request in requests]
+    own = [len(tasks.tokenized(processor, *request)) + 2 for request in requests]
     for most in {*own}:
         kept = tasks.drop_long(processor, questions[:20], most, {"--seed": picture})
         assert kept == [e for e, count in zip(questions, own) if count <= most]
@@ -464,7 +464,7 @@ def test_tokens_counted_in_a_batch_are_the_processors_own(name, tmp_path, questi
 def test_too_long_prompts_are_left_out_to_the_token(processor, questions, capsys):
     picture = tasks.random_picture(256, 256)
     requests = tasks.arm_requests(processor, questions[:20], picture)
-    longest = max(len(tasks.prompt_ids(processor, *request)) for request in requests)
+    longest = max(len(tasks.tokenized(processor, *request)) for request in requests)
     arms = {"none": "none", "a.png": picture}
     kept = [tasks.drop_long(processor, questions[:20], most, arms)
             for most in (longest + 2, longest - 1)]
@@ -477,7 +477,7 @@ def test_too_long_prompts_are_left_out_to_the_token(processor, questions, capsys
 def test_the_largest_random_picture_has_room(processor, questions):
     """Where `random --size N` is the longest arm."""
     picture = tasks.random_picture(384, 384, 0)
-    more = [len(tasks.prompt_ids(processor, *tasks.arm_requests(processor, [e], picture)[0])) + 2
+    more = [len(tasks.tokenized(processor, *tasks.arm_requests(processor, [e], picture)[0])) + 2
             for e in questions[:20]]
     most = sorted(more)[10]
     arms = {"none": "none", "random": "random"}
