@@ -32,7 +32,6 @@ from types import NoneType
 
 import numpy as np
 import pandas
-import pyarrow
 import pyarrow.parquet
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
