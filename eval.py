@@ -897,6 +897,7 @@ def tokenized(processor, example: Example, image=None) -> list[int]:
 OTHER_THOUGHTS = re.compile(r"""(?ix)
     <(?!/?think>)[^<>\s]*think[^<>\s]*>             # "<mm:think>", "<|START_THINKING|>"
     | \[THINK\] | \u25c1think\u25b7 | to=self         # Mistral's, Kimi's, Muse's
+    | reasoning\ steps: | \[BEGIN\ FINAL\ RESPONSE\]                 # Apriel's
     """)
 NOT_SHOWN = ("--model: its chat template does not show {}: give a model whose template does, or "
              "mend its chat_template.jinja.")

@@ -310,7 +310,7 @@ def test_an_engine_with_another_tokenizer_is_refused(llm):
 
 
 @pytest.mark.parametrize("mark", ["[THINK]", "<mm:think>", "<|START_THINKING|>", "to=self",
-                                  "\u25c1think\u25b7"])
+                                  "\u25c1think\u25b7", "reasoning steps:"])
 def test_thoughts_in_another_form_are_said(processor, questions, mark, capsys):
     """They would be read as answers."""
     other = with_template(processor, lambda text: text + "{# " + mark + " #}")
